@@ -1,0 +1,126 @@
+"""The cache of a stack of alike layers: one pytree of fixed shapes, updated in place under jit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.core.codec import Array, Code
+from kvjax.core.errors import InputError
+from kvjax.core.method import Method
+from kvjax.core.pytree import pytree, static
+
+
+@pytree
+class Cache:
+    """Keys and values of `l` layers, `b` sequences and `h` KV heads.
+
+    Invariants: every leaf leads with `[l, b, ...]` (pages of a shared pool with `[l, pool, ...]`);
+    a token is exact in its window slot or packed in one page, never read from both; the position
+    of a slot is stored, never inferred from its index.
+
+    Attributes:
+      window_key, window_value: `[l, b, h, w, d]`, slots 0..sink-1 the sink, then the recent ring.
+      window_positions: `[l, b, w]` int32, -1 where empty.
+      key_pages, value_pages: codes, leaves `[l, b, h, n, ...]`, or `[l, pool, h, ...]` if paged.
+      page_starts: position of each page's first token, -1 where empty; `[l, b, n]` or `[l, pool]`.
+      page_table: `[l, b, n]` int32 into the pool (-1 unset), or None when contiguous.
+      pool_used: `[l]` int32, pages of the pool handed out, or None.
+      length: `[l, b]` int32, tokens appended.
+      packed: `[l, b]` int32, pages encoded.
+      capacity: tokens that fit; a longer sequence reads as NaN, never as something else.
+      window: tokens that a query sees back from itself, or None.
+    """
+
+    window_key: Array
+    window_value: Array
+    window_positions: Array
+    key_pages: Code
+    value_pages: Code
+    page_starts: Array
+    page_table: Array | None
+    pool_used: Array | None
+    length: Array
+    packed: Array
+    capacity: int = static()
+    window: int | None = static(default=None)
+
+    def history(self) -> list[Array]:
+        """The leaves that hold packed tokens and all that is needed to read them."""
+        table = [] if self.page_table is None else [self.page_table]
+        pages = jax.tree.leaves((self.key_pages, self.value_pages))
+        return [*pages, self.page_starts, *table]
+
+
+def init(
+    method: Method,
+    *,
+    capacity: int,
+    kv_heads: int,
+    head_dim: int,
+    batch: int = 1,
+    layers: int = 1,
+    window: int | None = None,
+    dtype=jnp.bfloat16,
+) -> Cache:
+    """An empty cache.
+
+    Args:
+      capacity: most tokens per sequence.
+      window: sliding attention window; the cache then keeps only the pages that it can reach.
+      dtype: of the exact sink and recent window.
+    Raises:
+      InputError: head_dim or page that the method's codecs do not take; a capacity under 1.
+
+    Example:
+      >>> import kvjax
+      >>> method = kvjax.methods.get("turboquant-3", head_dim=64)
+      >>> cache = init(method, capacity=1024, kv_heads=2, head_dim=64)
+      >>> cache.window_key.shape
+      (1, 1, 2, 132, 64)
+    """
+    method.check(head_dim)
+    if capacity < 1:
+        raise InputError("capacity", got=capacity, expected="1 or more", fix="raise it")
+    layout = method.layout
+    slots = layout.sink + layout.ring(batch)
+    n = layout.page_slots(capacity, window)
+    exact = (layers, batch, kv_heads, slots, head_dim)
+    paged = layout.pool is not None
+    pages = (layout.pool, kv_heads) if paged else (batch, kv_heads, n)
+
+    def empty(codec):
+        page = jax.ShapeDtypeStruct((1, 1, 1, layout.page, head_dim), dtype)
+        positions = jax.ShapeDtypeStruct((1, 1, 1, layout.page), jnp.int32)
+        code = jax.eval_shape(codec.encode, page, positions)
+        return jax.tree.map(lambda a: jnp.zeros((layers, *pages, *a.shape[3:]), a.dtype), code)
+
+    # Filled rather than shared: every leaf needs its own buffer to be donated.
+    full = lambda shape, value: jnp.full(shape, value, jnp.int32)
+    return Cache(
+        window_key=jnp.zeros(exact, dtype),
+        window_value=jnp.zeros(exact, dtype),
+        window_positions=full((layers, batch, slots), -1),
+        key_pages=empty(method.key),
+        value_pages=empty(method.value),
+        page_starts=full((layers, layout.pool) if paged else (layers, batch, n), -1),
+        page_table=full((layers, batch, n), -1) if paged else None,
+        pool_used=full((layers,), 0) if paged else None,
+        length=full((layers, batch), 0),
+        packed=full((layers, batch), 0),
+        capacity=capacity,
+        window=window,
+    )
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all leaves: what the cache takes in memory (also of its `jax.eval_shape`)."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
+
+
+def history_bits_per_value(method: Method, cache: Cache) -> float:
+    """True bits per value of the packed history: codes, scales, norms, positions, page table."""
+    heads, head_dim = cache.window_key.shape[2], cache.window_key.shape[4]
+    tokens = cache.page_starts.size * method.layout.page
+    total = sum(a.size * a.dtype.itemsize for a in cache.history())
+    return total * 8 / (2 * tokens * heads * head_dim)

@@ -1,0 +1,76 @@
+"""Where the tokens of a cache live: an exact sink, an exact recent window, and packed pages."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kvjax.core.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Static shape of the cache of one sequence.
+
+        position   0 ... sink-1 | sink ... boundary-1       | boundary ... length-1
+        kept as    exact, always | packed pages of `page`   | exact, recent ring
+        
+    The last `recent` tokens are always exact. A page leaves the ring, and is encoded once, when
+    its youngest token is more than `recent` old; so the exact stretch holds `recent` to
+    `recent + page - 1` tokens, and the ring has `recent + page` slots.
+
+    Args:
+      sink: exact tokens at the start.
+      recent: tokens at the end that are never packed; a multiple of `page`.
+      page: tokens encoded together.
+      pool: None for contiguous pages per sequence, or the number of pages in a pool that all
+        sequences share through a page table.
+      encode_per_step: in a batch whose lengths differ, how many sequences may encode a page in one
+        decode step. None takes the fewest that keep up, ceil(batch / page); the ring gets one more
+        page of slots where that is less than the batch.
+
+    Example:
+      >>> Layout(sink=4, recent=64, page=32).packed_pages(100)
+      1
+    """
+
+    sink: int = 4
+    recent: int = 64
+    page: int = 64
+    pool: int | None = None
+    encode_per_step: int | None = None
+
+    def __post_init__(self):
+        if self.sink < 0 or self.recent < 0 or self.page < 1:
+            raise InputError(
+                "layout",
+                got=f"sink {self.sink}, recent {self.recent}, page {self.page}",
+                expected="sink and recent of 0 or more, a page of 1 or more",
+                fix="choose such sizes",
+            )
+        if self.recent % self.page:
+            raise InputError(
+                "recent",
+                got=f"{self.recent} with pages of {self.page}",
+                expected="a multiple of the page",
+                fix=f"use {-(-self.recent // self.page) * self.page}, or another page",
+            )
+
+    def packed_pages(self, length):
+        """How many pages a sequence of `length` tokens has packed (ints or arrays)."""
+        whole = (length - self.sink - self.recent) // self.page
+        return whole * (whole > 0)
+
+    def encoders(self, batch: int) -> int:
+        """Sequences that may encode a page in one decode step."""
+        return min(batch, self.encode_per_step or -(-batch // self.page))
+
+    def ring(self, batch: int) -> int:
+        """Slots of the recent ring."""
+        return self.recent + self.page * (1 if self.encoders(batch) == batch else 2)
+
+    def page_slots(self, capacity: int, window: int | None = None) -> int:
+        """Page slots per sequence for `capacity` tokens, of which a query sees the last `window`."""
+        slots = max(1, int(self.packed_pages(capacity)))
+        if window is not None:
+            slots = min(slots, max(1, -(-(window - self.recent) // self.page) + 1))
+        return slots

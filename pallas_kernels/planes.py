@@ -1,0 +1,96 @@
+"""Token planes: how codes of 1 to 8 bits lie in machine words. Kernels and jnp share this file.
+
+Codes of b bits (1, 2, 4, 8) are packed along the tokens of a page of `t` tokens, into words of w
+bits. A page is `w / b` planes; with `R = t * b / w` rows,
+
+    token j * R + r  lives in word r, bits b * j .. b * j + b - 1,   j < w / b,  r < R
+
+so a plane is a plain `[R, d]` tile and no word straddles anything. Other widths are sums of planes
+with the same token map (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1): the low bits come first.
+Keys keep tokens on the second-to-last axis (`[R, d]`), values on the last (`[d, R]`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+WORDS = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}
+
+
+def fits(tokens: int, bits: int, word: int = 16) -> bool:
+    """Whether a page of `tokens` codes fills whole words in every plane."""
+    return all(tokens * width % word == 0 for width in PLANES[bits])
+
+
+def pack(codes: Array, bits: int, *, axis: int = -2, word: int = 16) -> tuple[Array, ...]:
+    """Words of one page.
+
+    Args:
+      codes: integers in `[0, 2**bits)`, tokens on `axis` (-2: `[..., t, d]`, -1: `[..., d, t]`).
+      bits: 1 to 8.
+    Returns:
+      One array per plane width, shaped like `codes` with `t * width / word` instead of t.
+    Raises:
+      ValueError: when t does not fill whole words.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> words = pack(jnp.arange(64).reshape(16, 4) % 8, bits=3)
+      >>> [(w.shape, str(w.dtype)) for w in words]
+      [((2, 4), 'uint16'), ((1, 4), 'uint16')]
+    """
+    tokens = codes.shape[axis]
+    if not fits(tokens, bits, word):
+        raise ValueError(
+            f"page: got {tokens} tokens of {bits} bits; expected whole {word}-bit words in each of "
+            f"the planes {PLANES[bits]}; use a page that is a multiple of {word}"
+        )
+    codes = codes.astype(jnp.uint32)
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        part = (codes >> shift) & ((1 << width) - 1)
+        planes.append(_pack_plane(part, width, axis, word))
+        shift += width
+    return tuple(planes)
+
+
+def unpack(planes: tuple[Array, ...], bits: int, *, axis: int = -2) -> Array:
+    """The codes of `pack`'s words, in the words' own dtype: exact inverse.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codes = jnp.arange(64).reshape(16, 4) % 8
+      >>> bool((unpack(pack(codes, bits=3), bits=3) == codes).all())
+      True
+    """
+    total, shift = None, 0
+    for width, words in zip(PLANES[bits], planes, strict=True):
+        part = _unpack_plane(words, width, axis)
+        total = part if total is None else total | (part << shift)
+        shift += width
+    return total
+
+
+def _pack_plane(codes: Array, width: int, axis: int, word: int) -> Array:
+    at = codes.ndim + axis
+    count = word // width
+    split = (*codes.shape[:at], count, codes.shape[at] // count, *codes.shape[at + 1 :])
+    planes = codes.reshape(split)  # [..., j, R, ...]
+    shifts = (width * jnp.arange(count, dtype=jnp.uint32)).reshape(-1, *[1] * -axis)
+    words = jax.lax.reduce_or((planes << shifts), (at,))  # [..., R, ...]
+    return words.astype(WORDS[word])
+
+
+def _unpack_plane(words: Array, width: int, axis: int) -> Array:
+    word = words.dtype.itemsize * 8
+    count = word // width
+    at = words.ndim + axis
+    shifts = (width * jnp.arange(count, dtype=words.dtype)).reshape(-1, *[1] * -axis)
+    planes = jnp.expand_dims(words, at) >> shifts  # [..., j, R, ...]
+    planes = planes & words.dtype.type((1 << width) - 1)
+    merged = (*words.shape[:at], count * words.shape[at], *words.shape[at + 1 :])
+    return planes.reshape(merged)
