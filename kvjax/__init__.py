@@ -1,1 +1,25 @@
+"""kvjax: compress the key-value cache of language models with pure functions on pytrees."""
 
+from kvjax import codecs, methods
+from kvjax.cache import Cache, append, attend, cache_bytes, extend, init
+from kvjax.core.errors import InputError
+from kvjax.core.layout import Layout
+from kvjax.core.method import Method
+from kvjax.core.partial import Partial
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cache",
+    "InputError",
+    "Layout",
+    "Method",
+    "Partial",
+    "append",
+    "attend",
+    "cache_bytes",
+    "codecs",
+    "extend",
+    "init",
+    "methods",
+]

@@ -1,1 +1,7 @@
+"""The cache: fixed shapes, updated in place under jit, read without decoding the history."""
 
+from kvjax.cache.attend import attend
+from kvjax.cache.state import Cache, cache_bytes, history_bits_per_value, init
+from kvjax.cache.update import append, extend
+
+__all__ = ["Cache", "append", "attend", "cache_bytes", "extend", "history_bits_per_value", "init"]

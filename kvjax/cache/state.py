@@ -83,7 +83,7 @@ def init(
     if capacity < 1:
         raise InputError("capacity", got=capacity, expected="1 or more", fix="raise it")
     layout = method.layout
-    slots = layout.sink + layout.ring(batch)
+    slots = layout.sink + layout.ring
     n = layout.page_slots(capacity, window)
     exact = (layers, batch, kv_heads, slots, head_dim)
     paged = layout.pool is not None

@@ -11,9 +11,9 @@ from kvjax.core.errors import InputError
 class Layout:
     """Static shape of the cache of one sequence.
 
-        position   0 ... sink-1 | sink ... boundary-1       | boundary ... length-1
-        kept as    exact, always | packed pages of `page`   | exact, recent ring
-        
+        position   0 ... sink-1    sink ... boundary-1      boundary ... length-1
+        kept as    exact, always   packed pages of `page`   exact, in the recent ring
+
     The last `recent` tokens are always exact. A page leaves the ring, and is encoded once, when
     its youngest token is more than `recent` old; so the exact stretch holds `recent` to
     `recent + page - 1` tokens, and the ring has `recent + page` slots.
@@ -24,9 +24,9 @@ class Layout:
       page: tokens encoded together.
       pool: None for contiguous pages per sequence, or the number of pages in a pool that all
         sequences share through a page table.
-      encode_per_step: in a batch whose lengths differ, how many sequences may encode a page in one
-        decode step. None takes the fewest that keep up, ceil(batch / page); the ring gets one more
-        page of slots where that is less than the batch.
+      encode_batch: sequences of a batch whose pages are encoded together. In a ragged batch they
+        fill their pages at different steps, and 1 encodes just the pages that are due; a batch of
+        equal lengths fills them all at once, and encodes them in one go with the batch size here.
 
     Example:
       >>> Layout(sink=4, recent=64, page=32).packed_pages(100)
@@ -37,14 +37,15 @@ class Layout:
     recent: int = 64
     page: int = 64
     pool: int | None = None
-    encode_per_step: int | None = None
+    encode_batch: int = 1
 
     def __post_init__(self):
-        if self.sink < 0 or self.recent < 0 or self.page < 1:
+        if min(self.sink, self.recent) < 0 or min(self.page, self.encode_batch) < 1:
             raise InputError(
                 "layout",
-                got=f"sink {self.sink}, recent {self.recent}, page {self.page}",
-                expected="sink and recent of 0 or more, a page of 1 or more",
+                got=f"sink {self.sink}, recent {self.recent}, page {self.page}, "
+                f"encode_batch {self.encode_batch}",
+                expected="sink and recent of 0 or more, page and encode_batch of 1 or more",
                 fix="choose such sizes",
             )
         if self.recent % self.page:
@@ -60,17 +61,18 @@ class Layout:
         whole = (length - self.sink - self.recent) // self.page
         return whole * (whole > 0)
 
-    def encoders(self, batch: int) -> int:
-        """Sequences that may encode a page in one decode step."""
-        return min(batch, self.encode_per_step or -(-batch // self.page))
-
-    def ring(self, batch: int) -> int:
+    @property
+    def ring(self) -> int:
         """Slots of the recent ring."""
-        return self.recent + self.page * (1 if self.encoders(batch) == batch else 2)
+        return self.recent + self.page
 
     def page_slots(self, capacity: int, window: int | None = None) -> int:
-        """Page slots per sequence for `capacity` tokens, of which a query sees the last `window`."""
+        """Page slots per sequence for `capacity` tokens.
+
+        With a sliding `window` only the pages that some query of a block of up to one page can
+        still reach are kept, and their slots are used in turn.
+        """
         slots = max(1, int(self.packed_pages(capacity)))
         if window is not None:
-            slots = min(slots, max(1, -(-(window - self.recent) // self.page) + 1))
+            slots = min(slots, max(1, -(-(window - self.recent) // self.page) + 2))
         return slots
