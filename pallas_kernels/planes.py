@@ -7,7 +7,8 @@ bits. A page is `w / b` planes; with `R = t * b / w` rows,
 
 so a plane is a plain `[R, d]` tile and no word straddles anything. Other widths are sums of planes
 with the same token map (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1): the low bits come first.
-Keys keep tokens on the second-to-last axis (`[R, d]`), values on the last (`[d, R]`).
+Words are kept as `[R, d]`, or transposed as `[d, R]`: what a kernel wants of values, whose tokens
+are the contracted axis.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ def fits(tokens: int, bits: int, word: int = 16) -> bool:
     return all(tokens * width % word == 0 for width in PLANES[bits])
 
 
-def pack(codes: Array, bits: int, *, axis: int = -2, word: int = 16) -> tuple[Array, ...]:
+def pack(codes: Array, bits: int, *, transposed: bool = False, word: int = 16) -> tuple[Array, ...]:
     """Words of one page.
 
     Args:
-      codes: integers in `[0, 2**bits)`, tokens on `axis` (-2: `[..., t, d]`, -1: `[..., d, t]`).
+      codes: `[..., t, d]` integers in `[0, 2**bits)`.
       bits: 1 to 8.
+      transposed: keep words as `[..., d, R]`.
     Returns:
-      One array per plane width, shaped like `codes` with `t * width / word` instead of t.
+      One array per plane width, `[..., R, d]` with `R = t * width / word`.
     Raises:
       ValueError: when t does not fill whole words.
 
@@ -43,7 +45,7 @@ def pack(codes: Array, bits: int, *, axis: int = -2, word: int = 16) -> tuple[Ar
       >>> [(w.shape, str(w.dtype)) for w in words]
       [((2, 4), 'uint16'), ((1, 4), 'uint16')]
     """
-    tokens = codes.shape[axis]
+    tokens = codes.shape[-2]
     if not fits(tokens, bits, word):
         raise ValueError(
             f"page: got {tokens} tokens of {bits} bits; expected whole {word}-bit words in each of "
@@ -52,14 +54,14 @@ def pack(codes: Array, bits: int, *, axis: int = -2, word: int = 16) -> tuple[Ar
     codes = codes.astype(jnp.uint32)
     planes, shift = [], 0
     for width in PLANES[bits]:
-        part = (codes >> shift) & ((1 << width) - 1)
-        planes.append(_pack_plane(part, width, axis, word))
+        words = _pack_plane((codes >> shift) & ((1 << width) - 1), width, word)
+        planes.append(words.swapaxes(-1, -2) if transposed else words)
         shift += width
     return tuple(planes)
 
 
-def unpack(planes: tuple[Array, ...], bits: int, *, axis: int = -2) -> Array:
-    """The codes of `pack`'s words, in the words' own dtype: exact inverse.
+def unpack(planes: tuple[Array, ...], bits: int, *, transposed: bool = False) -> Array:
+    """The codes `[..., t, d]` of `pack`'s words, in the words' own dtype: exact inverse.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,30 +69,28 @@ def unpack(planes: tuple[Array, ...], bits: int, *, axis: int = -2) -> Array:
       >>> bool((unpack(pack(codes, bits=3), bits=3) == codes).all())
       True
     """
+    if transposed:  # turn the words, not the codes: there are fewer, and the rest stays vectorized
+        planes = jax.lax.optimization_barrier(tuple(w.swapaxes(-1, -2) for w in planes))
     total, shift = None, 0
     for width, words in zip(PLANES[bits], planes, strict=True):
-        part = _unpack_plane(words, width, axis)
+        part = _unpack_plane(words, width)
         total = part if total is None else total | (part << shift)
         shift += width
     return total
 
 
-def _pack_plane(codes: Array, width: int, axis: int, word: int) -> Array:
-    at = codes.ndim + axis
+def _pack_plane(codes: Array, width: int, word: int) -> Array:
+    *lead, t, d = codes.shape
     count = word // width
-    split = (*codes.shape[:at], count, codes.shape[at] // count, *codes.shape[at + 1 :])
-    planes = codes.reshape(split)  # [..., j, R, ...]
-    shifts = (width * jnp.arange(count, dtype=jnp.uint32)).reshape(-1, *[1] * -axis)
-    words = jax.lax.reduce_or((planes << shifts), (at,))  # [..., R, ...]
+    planes = codes.reshape(*lead, count, t // count, d)  # [..., j, R, d]
+    shifts = (width * jnp.arange(count, dtype=jnp.uint32))[:, None, None]
+    words = jax.lax.reduce_or(planes << shifts, (len(lead),))  # [..., R, d]
     return words.astype(WORDS[word])
 
 
-def _unpack_plane(words: Array, width: int, axis: int) -> Array:
-    word = words.dtype.itemsize * 8
-    count = word // width
-    at = words.ndim + axis
-    shifts = (width * jnp.arange(count, dtype=words.dtype)).reshape(-1, *[1] * -axis)
-    planes = jnp.expand_dims(words, at) >> shifts  # [..., j, R, ...]
-    planes = planes & words.dtype.type((1 << width) - 1)
-    merged = (*words.shape[:at], count * words.shape[at], *words.shape[at + 1 :])
-    return planes.reshape(merged)
+def _unpack_plane(words: Array, width: int) -> Array:
+    *lead, rows, d = words.shape
+    count = words.dtype.itemsize * 8 // width
+    shifts = (width * jnp.arange(count, dtype=words.dtype))[:, None, None]
+    planes = (words[..., None, :, :] >> shifts) & words.dtype.type((1 << width) - 1)
+    return planes.reshape(*lead, count * rows, d)  # [..., j, R, d] -> [..., t, d]

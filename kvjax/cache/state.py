@@ -9,6 +9,7 @@ from kvjax.core.codec import Array, Code
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.pytree import pytree, static
+from kvjax.core.storage import kept_dtype
 
 
 @pytree
@@ -20,7 +21,8 @@ class Cache:
     of a slot is stored, never inferred from its index.
 
     Attributes:
-      window_key, window_value: `[l, b, h, w, d]`, slots 0..sink-1 the sink, then the recent ring.
+      window_key, window_value: `[l, b, h, w, d]`, slots 0..sink-1 the sink, then the recent ring;
+        bf16 is kept as uint16 bits (see `core.storage`).
       window_positions: `[l, b, w]` int32, -1 where empty.
       key_pages, value_pages: codes, leaves `[l, b, h, n, ...]`, or `[l, pool, h, ...]` if paged.
       page_starts: position of each page's first token, -1 where empty; `[l, b, n]` or `[l, pool]`.
@@ -90,7 +92,7 @@ def init(
     pages = (layout.pool, kv_heads) if paged else (batch, kv_heads, n)
 
     def empty(codec):
-        page = jax.ShapeDtypeStruct((1, 1, 1, layout.page, head_dim), dtype)
+        page = jax.ShapeDtypeStruct((1, 1, 1, layout.page, head_dim), jnp.float32)
         positions = jax.ShapeDtypeStruct((1, 1, 1, layout.page), jnp.int32)
         code = jax.eval_shape(codec.encode, page, positions)
         return jax.tree.map(lambda a: jnp.zeros((layers, *pages, *a.shape[3:]), a.dtype), code)
@@ -98,8 +100,8 @@ def init(
     # Filled rather than shared: every leaf needs its own buffer to be donated.
     full = lambda shape, value: jnp.full(shape, value, jnp.int32)
     return Cache(
-        window_key=jnp.zeros(exact, dtype),
-        window_value=jnp.zeros(exact, dtype),
+        window_key=jnp.zeros(exact, kept_dtype(dtype)),
+        window_value=jnp.zeros(exact, kept_dtype(dtype)),
         window_positions=full((layers, batch, slots), -1),
         key_pages=empty(method.key),
         value_pages=empty(method.value),

@@ -15,6 +15,7 @@ from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
+from kvjax.core.storage import narrow, widen
 
 Tokens = Callable[[Array, Array], tuple[Array, Array]]  # rows [m], positions [m, p] -> [m, h, p, d]
 
@@ -46,7 +47,7 @@ def append(
     position = cache.length[layer]
     slot = jnp.where(active, window_slot(layout, cache, position), cache.window_key.shape[3])
     rows = jnp.arange(k.shape[0])
-    put = lambda a, new: a.at[layer, rows, :, slot].set(new.astype(a.dtype), mode="drop")
+    put = lambda a, new: a.at[layer, rows, :, slot].set(_kept(new, a), mode="drop")
     cache = dataclasses.replace(
         cache,
         window_key=put(cache.window_key, k),
@@ -76,7 +77,7 @@ def _encode_due(method: Method, cache: Cache, layer: Array | int, tokens: Tokens
         due, rows = jax.lax.top_k(waiting(cache), together)  # [m]
         starts = layout.sink + layout.page * cache.packed[layer, rows]  # [m]
         positions = starts[:, None] + jnp.arange(layout.page)  # [m, p]
-        k, v = (a[:, :, None] for a in tokens(rows, positions))  # [m, h, 1, p, d]
+        k, v = (widen(a)[:, :, None] for a in tokens(rows, positions))  # [m, h, 1, p, d]
         at = positions[:, None, None]  # [m, 1, 1, p]
         code = method.key.encode(k, at), method.value.encode(v, at)
         for i in range(together):
@@ -132,7 +133,7 @@ def extend(
     real = jnp.where(offsets < count[:, None], positions, -1)
 
     join = lambda window, block: jnp.concatenate(
-        [window[layer], block.swapaxes(1, 2).astype(window.dtype)], 2
+        [window[layer], _kept(block.swapaxes(1, 2), window)], 2
     )
     exact = (
         join(cache.window_key, k),  # [b, h, w + t, d]
@@ -192,6 +193,11 @@ def window_slot(layout: Layout, cache: Cache, position: Array) -> Array:
     return jnp.where(
         position < layout.sink, position, layout.sink + (position - layout.sink) % ring
     )
+
+
+def _kept(x: Array, like: Array) -> Array:
+    """`x` as the window keeps it: uint16 are bf16 bits."""
+    return narrow(x, jnp.bfloat16 if like.dtype == jnp.uint16 else like.dtype)
 
 
 def _slot_positions(layout: Layout, cache: Cache, length: Array) -> Array:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from kvjax.codecs.lloyd_max import lloyd_max
 from kvjax.codecs.uniform import check_page
-from kvjax.core.codec import Array, Codec, matmul, matmul_t
+from kvjax.core.codec import Array, Codec
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree, static
 from pallas_kernels import planes
@@ -49,37 +51,20 @@ class Codebook(Codec):
                 fix="make it with Codebook.lloyd_max",
             )
 
-    def for_values(self) -> Codebook:
-        return Codebook(self.levels, self.bits, transposed=True)
+    def transpose_planes(self) -> Codebook:
+        return dataclasses.replace(self, transposed=True)
 
     def encode(self, x: Array, positions: Array | None = None) -> tuple[Array, ...]:
-        if self.transposed:
-            x = x.swapaxes(-1, -2)  # [..., d, t]
         edges = (self.levels[1:] + self.levels[:-1]) / 2
         if self.bits <= 4:
             codes = sum((x > edge).astype(jnp.uint32) for edge in edges)
         else:
             codes = jnp.searchsorted(edges, x).astype(jnp.uint32)
-        return planes.pack(codes, self.bits, axis=self._token_axis)
+        return planes.pack(codes, self.bits, transposed=self.transposed)
 
     def decode(self, code: tuple[Array, ...]) -> Array:
-        x = self._values(code)
-        return x.swapaxes(-1, -2) if self.transposed else x
-
-    def logits(self, prepared: Array, code: tuple[Array, ...]) -> Array:
-        product = matmul if self.transposed else matmul_t
-        return product(prepared, self._values(code))
-
-    def accumulate(self, p: Array, code: tuple[Array, ...]) -> Array:
-        product = matmul_t if self.transposed else matmul
-        return product(p, self._values(code))
-
-    @property
-    def _token_axis(self) -> int:
-        return -1 if self.transposed else -2
-
-    def _values(self, code: tuple[Array, ...]) -> Array:
-        return look_up(self.levels, planes.unpack(code, self.bits, axis=self._token_axis), self.bits)
+        codes = planes.unpack(code, self.bits, transposed=self.transposed)
+        return look_up(self.levels, codes, self.bits)
 
 
 def look_up(levels: Array, codes: Array, bits: int) -> Array:

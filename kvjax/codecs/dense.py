@@ -6,16 +6,18 @@ import jax.numpy as jnp
 
 from kvjax.core.codec import Array, Codec
 from kvjax.core.pytree import pytree, static
+from kvjax.core.storage import narrow, widen
 
 
 @pytree
 class Dense(Codec):
-    """Keeps vectors as `dtype`.
+    """Keeps vectors as `dtype`; bf16 as its bits (see `core.storage`).
 
     Example:
       >>> import jax.numpy as jnp
-      >>> Dense(jnp.bfloat16).encode(jnp.ones((1, 1, 1, 4, 8))).dtype
-      dtype(bfloat16)
+      >>> codec = Dense(jnp.bfloat16)
+      >>> codec.decode(codec.encode(jnp.full((4, 8), 1.5)))[0, 0]
+      Array(1.5, dtype=float32)
     """
 
     dtype: jnp.dtype = static(default=jnp.dtype("bfloat16"))
@@ -24,7 +26,7 @@ class Dense(Codec):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
     def encode(self, x: Array, positions: Array | None = None) -> Array:
-        return x.astype(self.dtype)
+        return narrow(x, self.dtype)
 
     def decode(self, code: Array) -> Array:
-        return code.astype(jnp.float32)
+        return widen(code)

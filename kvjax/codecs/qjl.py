@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -69,33 +70,26 @@ class QJL(Codec):
     def check(self, head_dim: int, page: int) -> None:
         check_page(page, 1)
 
-    def for_values(self) -> QJL:
-        return QJL(self.sketch, self.norm_dtype, transposed=True)
+    def transpose_planes(self) -> QJL:
+        return dataclasses.replace(self, transposed=True)
 
     def encode(self, x: Array, positions: Array | None = None) -> QJLCode:
         x = x.astype(jnp.float32)
         bits = (matmul_t(x, self.sketch) > 0).astype(jnp.uint32)  # [..., t, m]
-        if self.transposed:
-            bits = bits.swapaxes(-1, -2)  # [..., m, t]
         norm = jnp.linalg.norm(x, axis=-1).astype(self.norm_dtype)
-        return QJLCode(planes.pack(bits, 1, axis=self._token_axis), norm)
+        return QJLCode(planes.pack(bits, 1, transposed=self.transposed), norm)
 
     def decode(self, code: QJLCode) -> Array:
-        signs = self._signs(code)
-        if self.transposed:
-            signs = signs.swapaxes(-1, -2)  # [..., t, m]
-        return self.restore(signs * code.norm.astype(jnp.float32)[..., None])
+        return self.restore(self._signs(code) * code.norm.astype(jnp.float32)[..., None])
 
     def prepare(self, q: Array) -> Array:
         return matmul_t(q, self.sketch) * self._constant  # [..., g, m]
 
     def logits(self, prepared: Array, code: QJLCode) -> Array:
-        product = matmul if self.transposed else matmul_t
-        return product(prepared, self._signs(code)) * code.norm.astype(jnp.float32)[..., None, :]
+        return matmul_t(prepared, self._signs(code)) * code.norm.astype(jnp.float32)[..., None, :]
 
     def accumulate(self, p: Array, code: QJLCode) -> Array:
-        product = matmul_t if self.transposed else matmul
-        return product(p * code.norm.astype(jnp.float32)[..., None, :], self._signs(code))
+        return matmul(p * code.norm.astype(jnp.float32)[..., None, :], self._signs(code))
 
     def restore(self, acc: Array) -> Array:
         return matmul(acc, self.sketch) * self._constant  # [..., d]
@@ -104,10 +98,6 @@ class QJL(Codec):
     def _constant(self) -> float:
         return math.sqrt(math.pi / 2) / self.sketch.shape[-2]
 
-    @property
-    def _token_axis(self) -> int:
-        return -1 if self.transposed else -2
-
     def _signs(self, code: QJLCode) -> Array:
-        bits = planes.unpack(code.signs, 1, axis=self._token_axis)
+        bits = planes.unpack(code.signs, 1, transposed=self.transposed)
         return bits.astype(jnp.float32) * 2 - 1

@@ -6,6 +6,7 @@ normalized vectors `Codebook` has less error at the same bits.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
@@ -83,8 +84,8 @@ class Uniform(Codec):
                 fix="choose another group, page or codec",
             )
 
-    def for_values(self) -> Uniform:
-        return Uniform(**{**self.__dict__, "transposed": True})
+    def transpose_planes(self) -> Uniform:
+        return dataclasses.replace(self, transposed=True)
 
     def encode(self, x: Array, positions: Array | None = None) -> UniformCode:
         x = self._grouped(x.astype(jnp.float32))  # [..., t, n, w] or [..., n, w, d]
@@ -101,23 +102,18 @@ class Uniform(Codec):
             scale = self._stored(2 * half / levels)
             low = zero = self._stored(middle - half)
         codes = jnp.round((x - low) / jnp.where(scale == 0, 1, scale))
-        codes = self._ungrouped(jnp.clip(codes, 0, levels))  # [..., t, d]
-        if self.transposed:
-            codes = codes.swapaxes(-1, -2)  # [..., d, t]
-        words = planes.pack(codes.astype(jnp.uint32), self.bits, axis=self._token_axis)
+        codes = self._ungrouped(jnp.clip(codes, 0, levels)).astype(jnp.uint32)  # [..., t, d]
+        words = planes.pack(codes, self.bits, transposed=self.transposed)
         store = lambda a: None if a is None else a.squeeze(along).astype(self.scale_dtype)
         return UniformCode(words, store(scale), store(zero))
 
     def decode(self, code: UniformCode) -> Array:
-        c = self._codes(code)
-        if self.transposed:
-            c = c.swapaxes(-1, -2)  # [..., t, d]
         along = -1 if self.axis == "channels" else -2
         scale, low = (jnp.expand_dims(a, along) for a in self._scale_and_low(code))
-        return self._ungrouped(self._grouped(c) * scale + low)
+        return self._ungrouped(self._grouped(self._codes(code)) * scale + low)
 
     def logits(self, prepared: Array, code: UniformCode) -> Array:
-        if not self._foldable(code) or self.transposed:
+        if not self._foldable(code):
             return super().logits(prepared, code)
         q, (scale, low) = prepared, self._scale_and_low(code)
         if self.axis == "channels":  # per token: scale the logits
@@ -130,15 +126,11 @@ class Uniform(Codec):
         if not self._foldable(code) or self.axis == "tokens":
             return super().accumulate(p, code)
         scale, low = (a.swapaxes(-1, -2) for a in self._scale_and_low(code))  # [..., 1, t]
-        product = matmul_t if self.transposed else matmul
-        return product(p * scale, self._codes(code)) + (p * low).sum(-1, keepdims=True)
-
-    @property
-    def _token_axis(self) -> int:
-        return -1 if self.transposed else -2
+        return matmul(p * scale, self._codes(code)) + (p * low).sum(-1, keepdims=True)
 
     def _codes(self, code: UniformCode) -> Array:
-        return planes.unpack(code.words, self.bits, axis=self._token_axis).astype(jnp.float32)
+        codes = planes.unpack(code.words, self.bits, transposed=self.transposed)
+        return codes.astype(jnp.float32)
 
     def _stored(self, a: Array) -> Array:
         """As the decoder will see it: codes are chosen for the rounded scale and zero."""

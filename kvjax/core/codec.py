@@ -69,9 +69,10 @@ class Codec:
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         return [(name, value) for name, value in fields if isinstance(value, Codec)]
 
-    def for_values(self) -> Codec:
-        """The same codec with its planes stored transposed, `[d, words]`, as values are kept."""
-        return dataclasses.replace(self, **{n: c.for_values() for n, c in self.children()})
+    def transpose_planes(self) -> Codec:
+        """The same codec with its words kept transposed, `[d, R]`, as GPU kernels want of values."""
+        children = {name: child.transpose_planes() for name, child in self.children()}
+        return dataclasses.replace(self, **children)
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -82,3 +83,4 @@ def matmul(a: Array, b: Array) -> Array:
 def matmul_t(a: Array, b: Array) -> Array:
     """`a @ b.T` over the last two axes, `[..., g, d], [..., t, d] -> [..., g, t]`, in float32."""
     return jnp.einsum("...gd,...td->...gt", a, b, preferred_element_type=jnp.float32)
+

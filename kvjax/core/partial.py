@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kvjax.core.codec import matmul, matmul_t
 from kvjax.core.pytree import pytree
+from kvjax.core.storage import widen
 
 Array = jax.Array
 
@@ -59,17 +61,14 @@ def dense_partial(q: Array, k: Array, v: Array, mask: Array) -> Partial:
     """Attention over tokens that are kept as they are.
 
     Args:
-      q: `[..., r, d]` queries, already scaled. k, v: `[..., t, d]`, any float dtype.
+      q: `[..., r, d]` float32 queries, already scaled. k, v: `[..., t, d]` as kept (see
+        `storage`).
       mask: bool, broadcasts to `[..., r, t]`; False hides a token. A row that sees nothing gives
         the empty part: zeros, not NaN.
     """
-    logits = jnp.einsum(
-        "...rd,...td->...rt", q, k.astype(q.dtype), preferred_element_type=jnp.float32
-    )
-    logits = jnp.where(mask, logits, -jnp.inf)
+    logits = jnp.where(mask, matmul_t(q, widen(k)), -jnp.inf)
     top = jnp.maximum(logits.max(-1), EMPTY_LSE)
     p = jnp.exp(logits - top[..., None])
     total = p.sum(-1)
-    out = jnp.matmul(p, v.astype(q.dtype), preferred_element_type=jnp.float32)
-    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    out = matmul(p, widen(v)) / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return Partial(out, jnp.where(total > 0, top + jnp.log(total), EMPTY_LSE))
