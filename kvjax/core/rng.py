@@ -7,7 +7,7 @@ import zlib
 import jax
 
 
-def fold(rng: jax.Array, *names: str | int) -> jax.Array:
+def fold(rng: jax.Array, *names: str | int | jax.Array) -> jax.Array:
     """The key for `names` under `rng`.
 
     Example:
@@ -17,6 +17,6 @@ def fold(rng: jax.Array, *names: str | int) -> jax.Array:
       False
     """
     for name in names:
-        number = name if isinstance(name, int) else zlib.crc32(name.encode())
+        number = zlib.crc32(name.encode()) if isinstance(name, str) else name
         rng = jax.random.fold_in(rng, number)
     return rng
