@@ -1,7 +1,7 @@
 """kvjax: compress the key-value cache of language models with pure functions on pytrees."""
 
 from kvjax import codecs, methods
-from kvjax.cache import Cache, append, attend, cache_bytes, extend, init
+from kvjax.cache import Cache, append, attend, cache_bytes, extend, fork, init, prefill
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
@@ -20,6 +20,8 @@ __all__ = [
     "cache_bytes",
     "codecs",
     "extend",
+    "fork",
     "init",
     "methods",
+    "prefill",
 ]

@@ -154,6 +154,45 @@ def extend(
     return out.reshape(b, h, t, g, d).transpose(0, 2, 1, 3, 4).astype(q.dtype), cache
 
 
+def prefill(
+    method: Method,
+    cache: Cache,
+    k: Array,
+    v: Array,
+    *,
+    q: Array | None = None,
+    layer: Array | int = 0,
+    block: int | None = None,
+    scale: float | None = None,
+) -> tuple[Array | None, Cache]:
+    """Adds t tokens block by block: `extend` in a scan, so that no step sees the whole history.
+
+    Args:
+      k, v: `[b, t, h, d]`. q: `[b, t, h, g, d]` if the outputs are wanted.
+      block: tokens per step; None is a page. A t that it does not divide ends in a shorter block.
+    Returns:
+      Outputs `[b, t, h, g, d]` or None, and the cache: the same as after t calls of `append`.
+    """
+    t, block = k.shape[1], min(block or method.layout.page, k.shape[1])
+    whole = t - t % block
+    queries = k[:, :, :, None] if q is None else q
+
+    def split(a):  # [b, t, ...] -> [n, b, block, ...]
+        return a[:, :whole].reshape(a.shape[0], -1, block, *a.shape[2:]).swapaxes(0, 1)
+
+    def one(cache, inputs):
+        out, cache = extend(method, cache, *inputs, layer=layer, scale=scale)
+        return cache, None if q is None else out
+
+    cache, outs = jax.lax.scan(one, cache, (split(queries), split(k), split(v)))
+    parts = [] if q is None else [outs.swapaxes(0, 1).reshape(q.shape[0], whole, *q.shape[2:])]
+    if whole < t:
+        rest = (a[:, whole:] for a in (queries, k, v))
+        out, cache = extend(method, cache, *rest, layer=layer, scale=scale)
+        parts.append(out)
+    return (None if q is None else jnp.concatenate(parts, 1)), cache
+
+
 def _absorb(method, cache: Cache, layer, exact, before: Array, after: Array) -> Cache:
     """The cache after a block: pages that are due are encoded, the window is refilled.
 

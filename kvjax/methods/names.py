@@ -51,12 +51,20 @@ def get(name: str, head_dim: int, *, layout: Layout | None = None, seed: int = 0
     """
     layout = layout or Layout()
     rng = fold(jax.random.key(seed), "methods")
-    key_name, _, value_name = name.partition("/")
-    key = _lookup(key_name)(head_dim, rng)
-    value = key if not value_name else _lookup(value_name)(head_dim, rng)
+    key, value = (recipe(head_dim, rng) for recipe in recipes(name))
     method = dataclasses.replace(key, value=value.value, layout=layout, name=name)
     method.check(head_dim)
     return method
+
+
+def recipes(name: str) -> tuple[Recipe, Recipe]:
+    """The recipes of "METHOD" or "KEYS/VALUES", for keys and for values.
+
+    Raises:
+      InputError: an unknown name; lists the known ones.
+    """
+    keys, _, values = name.partition("/")
+    return _lookup(keys), _lookup(values or keys)
 
 
 def _lookup(name: str) -> Recipe:

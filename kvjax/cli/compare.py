@@ -1,0 +1,102 @@
+"""`kvjax compare`: methods side by side on a real model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+
+from kvjax.cli import options
+from kvjax.core.errors import InputError
+
+DEFAULT_METHODS = (
+    "bf16,int8,int2,hadamard-int4,hadamard-int2,kivi-2,kivi-4,"
+    "turboquant-2,turboquant-3,turboquant-4,turboquant-prod-3"
+)
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="compare methods on a real model: bits, bytes, KL, perplexity, speed",
+        description="Feeds text through the model with each method's real packed cache, and writes "
+        "OUT/metrics.json, OUT/report.html and OUT/pareto.png.",
+    )
+    parser.add_argument("--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)")
+    parser.add_argument(
+        "--methods",
+        default=DEFAULT_METHODS,
+        help="comma-separated names; KEYS/VALUES mixes two; an unknown name lists them all "
+        "(%(default)s)",
+    )
+    parser.add_argument("--context", type=int, default=2048, help="tokens per window (%(default)s)")
+    parser.add_argument("--windows", type=int, default=1, help="windows of text (%(default)s)")
+    parser.add_argument("--text", help="a UTF-8 text file (default: prose that ships with Python)")
+    parser.add_argument("--seed", type=int, default=0, help="of rotations and sketches (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="timed rounds of 8 steps per method; 0 skips speed"
+    )
+    parser.add_argument(
+        "--samples", metavar="METHOD", help="also continue some text with METHOD and the full cache"
+    )
+    parser.add_argument("--out", default="runs/compare", help="folder for the results (%(default)s)")
+    options.add_layout(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from kvjax.evals.compare import Settings, compare
+    from kvjax.evals.report import write_report
+    from kvjax.evals.stamp import make_stamp
+    from kvjax.evals.table import print_table
+    from kvjax.evals.text import read_text
+    from kvjax.methods.names import recipes
+    from kvjax.models.load import load
+
+    layout = options.layout_of(args)
+    names = options.names(args.methods)
+    if not names:
+        raise InputError(
+            "--methods", got="no names", expected="at least one", fix="leave it out for all"
+        )
+    settings = Settings(
+        methods=names,
+        context=options.positive("--context", args.context),
+        windows=options.positive("--windows", args.windows),
+        layout=layout,
+        seed=args.seed,
+        rounds=max(0, args.rounds),
+        sample_method=args.samples,
+    )
+    for name in [*names, *([args.samples] if args.samples else [])]:
+        recipes(name)  # an unknown one is told before anything is loaded
+    text_name, text = read_text(args.text)
+    folder = options.out_folder(args.out)
+    options.use_compilation_cache()
+    with options.progress(len(names) + settings.windows + 3) as report:
+        report(f"loading {args.model}")
+        model = load(args.model)
+        result = compare(model, text, settings, report)
+    command = "kvjax " + shlex.join(sys.argv[1:])
+    metrics = {
+        "model": model.config.name,
+        "text": text_name,
+        **result,
+        "stamp": make_stamp(seed=args.seed, command=command),
+    }
+    write_json(folder / "metrics.json", metrics)
+    write_report(metrics, folder)
+    print_table(metrics)
+    for sample in metrics["samples"]:
+        print(f"{sample['method']:>14}: ... {sample['prompt'][-40:]} | {sample['text']}")
+    print(f"wrote {folder / 'metrics.json'}, report.html, pareto.png")
+    return 0
+
+
+def write_json(path, data) -> None:
+    """Writes atomically: a reader sees the old file or the new one, never half of it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,266 @@
+"""One decoder for Llama, Qwen 2, Qwen 3 and Gemma 3; attention and its cache are handed in.
+
+The layers of a run (see `layer_runs`) go through one `jax.lax.scan`, and what a layer does with
+its queries, keys and values is the caller's `attend`:
+
+  `out, cache = attend(run, layer, cache, q, k, v, extra)`
+
+with `run` the static index of the run, `layer` the traced int32 index within the run, q
+`[b, t, h, g, d]` and k, v `[b, t, h, d]` after RoPE, out `[b, t, h, g, d]`. q is already multiplied
+by the attention scale, so logits are plain `q . k`. `cache` holds all layers of the run and is
+carried through the scan, so that its buffers can be updated in place.
+
+Letters: b batch, t tokens, l layers, h kv heads, g queries per kv head, d head dim, D model width,
+F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kvjax.core.errors import InputError
+from kvjax.models.config import ModelConfig, Run, layer_runs
+
+Attend = Callable[..., tuple[jax.Array, Any]]
+
+
+@flax.struct.dataclass
+class Layers:
+    """Weights of one run of layers, every leaf stacked over its l layers.
+
+    Matrices are [in, out], so that `x @ w` is all there is to it. Norm weights are float32 and
+    complete (Gemma's +1 is folded in when loading): norms are always `x * w`.
+    """
+
+    attn_norm: jax.Array  # [l, D]
+    wq: jax.Array  # [l, D, h*g*d]
+    wk: jax.Array  # [l, D, h*d]
+    wv: jax.Array  # [l, D, h*d]
+    wo: jax.Array  # [l, h*g*d, D]
+    mlp_norm: jax.Array  # [l, D]
+    w_gate: jax.Array  # [l, D, F]
+    w_up: jax.Array  # [l, D, F]
+    w_down: jax.Array  # [l, F, D]
+    bq: jax.Array | None = None  # [l, h*g*d]
+    bk: jax.Array | None = None  # [l, h*d]
+    bv: jax.Array | None = None  # [l, h*d]
+    q_norm: jax.Array | None = None  # [l, d]
+    k_norm: jax.Array | None = None  # [l, d]
+    post_attn_norm: jax.Array | None = None  # [l, D]
+    post_mlp_norm: jax.Array | None = None  # [l, D]
+
+
+@flax.struct.dataclass
+class Params:
+    """All weights. Their dtype (that of `embed`) is the compute dtype."""
+
+    embed: jax.Array  # [V, D]
+    runs: tuple[Layers, ...]
+    final_norm: jax.Array  # [D]
+    head: jax.Array | None = None  # [V, D]; None when tied to `embed`
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """`x / rms(x) * weight` over the last axis, in float32, back in x's dtype."""
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight).astype(x.dtype)
+
+
+def rope_frequencies(run: Run, head_dim: int) -> np.ndarray:
+    """Radians per position of each rotated pair, float32 [d/2], after the run's scaling."""
+    freq = run.rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)  # [d/2]
+    scaling = run.rope_scaling
+    if scaling is None:
+        return freq.astype(np.float32)
+    if scaling.kind == "linear":
+        return (freq / scaling.factor).astype(np.float32)
+    if scaling.kind == "table":
+        return (freq / np.asarray(scaling.table)).astype(np.float32)
+    # llama3: turns over the trained context decide; few turns are stretched, many are kept.
+    turns = scaling.original_positions * freq / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (freq * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+def rope_angles(run: Run, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [b, t, d/2], for positions [b, t]."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(run, head_dim)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + d/2) of x [..., d] in float32; cos, sin broadcast to [..., d/2]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def decode_layers(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    caches: Sequence[Any],
+    *,
+    runs: tuple[Run, ...] | None = None,
+    xs: Sequence[Any] | None = None,
+) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
+    """All layers of the model over some tokens, with attention and caches from outside.
+
+    Args:
+      params: weights, stacked by `runs` (see `regroup`).
+      config: the model.
+      tokens: int32 [b, t].
+      positions: int32 [b, t], the logical position of each token.
+      attend: what a layer does with q, k, v; see the top of this file.
+      caches: one pytree per run, carried through the run's layers.
+      runs: how layers are grouped; default `layer_runs(config)`.
+      xs: optional, one pytree per run whose leaves are stacked over the run's layers; each layer
+        gets its slice as `extra` (None without xs).
+
+    Returns:
+      hidden [b, t, D] after the final norm, the new caches, and `finite` bool [l, 2]: whether all
+      keys and all values of each layer are finite.
+
+    Raises:
+      InputError: when params, caches or xs do not follow the runs.
+    """
+    runs = layer_runs(config) if runs is None else runs
+    extras = (None,) * len(runs) if xs is None else tuple(xs)
+    _check_runs(params, runs, caches, extras)
+    x = params.embed[tokens]  # [b, t, D]
+    x = x * jnp.asarray(config.embed_scale, x.dtype)
+    caches, finite = list(caches), []
+    for index, (run, extra) in enumerate(zip(runs, extras, strict=True)):
+        angles = rope_angles(run, config.head_dim, positions)
+
+        def step(carry, inputs, index=index, angles=angles):
+            x, cache = carry
+            weights, layer, extra = inputs
+            return _layer(config, weights, x, angles, attend, index, layer, cache, extra)
+
+        (x, caches[index]), ok = _over_layers(
+            step, (x, caches[index]), (params.runs[index], _layer_ids(run), extra), run.length
+        )
+        finite.append(ok)
+    hidden = rms_norm(x, params.final_norm, config.norm_eps)
+    return hidden, tuple(caches), jnp.concatenate(finite)  # finite [l, 2]
+
+
+def _layer_ids(run: Run) -> jax.Array:
+    return jnp.arange(run.length, dtype=jnp.int32)
+
+
+def _over_layers(step, carry, inputs, length: int):
+    """`lax.scan`, without the loop when there is one layer only."""
+    if length > 1:
+        return lax.scan(step, carry, inputs)
+    carry, out = step(carry, jax.tree.map(lambda leaf: leaf[0], inputs))
+    return carry, out[None]
+
+
+def _layer(config, weights, x, angles, attend, index, layer, cache, extra):
+    """One transformer block: x [b, t, D] -> x, with the cache and finite flags [2]."""
+    q, k, v = _project(config, weights, x, angles)
+    finite = jnp.stack([jnp.isfinite(k).all(), jnp.isfinite(v).all()])
+    out, cache = attend(index, layer, cache, q, k, v, extra)
+    out = out.reshape(*x.shape[:2], -1).astype(x.dtype)  # [b, t, h*g*d]
+    out = out @ weights.wo  # [b, t, D]
+    if config.post_norms:
+        out = rms_norm(out, weights.post_attn_norm, config.norm_eps)
+    x = x + out
+    out = _mlp(config, weights, rms_norm(x, weights.mlp_norm, config.norm_eps))
+    if config.post_norms:
+        out = rms_norm(out, weights.post_mlp_norm, config.norm_eps)
+    return (x + out, cache), finite
+
+
+def _project(config, weights, x, angles):
+    """q [b, t, h, g, d] times the attention scale, k and v [b, t, h, d]; q and k rotated."""
+    b, t, _ = x.shape
+    h, g, d = config.kv_heads, config.q_per_kv, config.head_dim
+    x = rms_norm(x, weights.attn_norm, config.norm_eps)
+    q, k, v = x @ weights.wq, x @ weights.wk, x @ weights.wv
+    if config.qkv_bias:
+        q, k, v = q + weights.bq, k + weights.bk, v + weights.bv
+    q, k, v = q.reshape(b, t, h, g, d), k.reshape(b, t, h, d), v.reshape(b, t, h, d)
+    if config.qk_norm:
+        q = rms_norm(q, weights.q_norm, config.norm_eps)
+        k = rms_norm(k, weights.k_norm, config.norm_eps)
+    cos, sin = (a[:, :, None] for a in angles)  # [b, t, 1, d/2]
+    k = apply_rope(k, cos, sin)
+    q = apply_rope(q, cos[:, :, None], sin[:, :, None]) * config.attention_scale
+    return q.astype(x.dtype), k.astype(x.dtype), v
+
+
+def _mlp(config, weights, x):
+    """Gated feed-forward: [b, t, D] -> [b, t, D]."""
+    gate = x @ weights.w_gate  # [b, t, F]
+    gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return (gate * (x @ weights.w_up)) @ weights.w_down  # [b, t, D]
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Next-token logits, float32 [..., V], from hidden [..., D] after the final norm."""
+    head = params.embed if params.head is None else params.head
+    return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
+
+
+def regroup(params: Params, runs: Sequence[Run]) -> Params:
+    """The same weights stacked by other runs (those of `layer_runs(config, extra_keys)`).
+
+    Runs that stay as they were share their arrays with `params`; the others are copied.
+    """
+    stops = np.cumsum([stacked.attn_norm.shape[0] for stacked in params.runs])
+    starts = np.concatenate([[0], stops[:-1]])
+    if not runs or runs[-1].stop != stops[-1]:
+        raise InputError(
+            "runs",
+            got=f"layers up to {runs[-1].stop if runs else 0}",
+            expected=f"all {stops[-1]} layers of these weights",
+            fix="make the runs with layer_runs(config, ...) of the same model",
+        )
+
+    def gather(run: Run) -> Layers:
+        parts = []
+        for stacked, start, stop in zip(params.runs, starts, stops, strict=True):
+            first, last = max(run.start, start) - start, min(run.stop, stop) - start
+            if (first, last) == (0, stop - start):
+                parts.append(stacked)
+            elif first < last:
+                parts.append(jax.tree.map(lambda leaf, a=first, z=last: leaf[a:z], stacked))
+        if len(parts) == 1:
+            return parts[0]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    return dataclasses.replace(params, runs=tuple(gather(run) for run in runs))
+
+
+def _check_runs(params, runs, caches, extras) -> None:
+    lengths = [run.length for run in runs]
+    stacked = [layers.attn_norm.shape[0] for layers in params.runs]
+    if stacked != lengths:
+        raise InputError(
+            "params",
+            got=f"layers stacked as {stacked}",
+            expected=f"runs of {lengths}",
+            fix="call regroup(params, runs) first",
+        )
+    for what, given in (("caches", caches), ("xs", extras)):
+        if len(given) != len(runs):
+            raise InputError(
+                what,
+                got=f"{len(given)} entries",
+                expected=f"{len(runs)}, one per run of layers",
+                fix="make one for each of layer_runs(config, ...)",
+            )

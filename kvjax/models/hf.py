@@ -1,0 +1,158 @@
+"""Hugging Face folders: config.json, and weights in one or many safetensors files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from kvjax.core.errors import InputError, known
+from kvjax.models.config import ModelConfig
+from kvjax.models.hf_config import from_hf
+
+_DTYPES = ("F32", "F16", "BF16")
+
+_TOP = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm.weight",
+    "wq": "self_attn.q_proj.weight",
+    "wk": "self_attn.k_proj.weight",
+    "wv": "self_attn.v_proj.weight",
+    "wo": "self_attn.o_proj.weight",
+    "bq": "self_attn.q_proj.bias",
+    "bk": "self_attn.k_proj.bias",
+    "bv": "self_attn.v_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "w_gate": "mlp.gate_proj.weight",
+    "w_up": "mlp.up_proj.weight",
+    "w_down": "mlp.down_proj.weight",
+}
+_GEMMA_LAYER = {
+    **_LAYER,
+    "post_attn_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "post_mlp_norm": "post_feedforward_layernorm.weight",
+}
+
+
+class HFFolder:
+    """A folder with config.json and safetensors; a weight source for `kvjax.models.load`.
+
+    Raises:
+      InputError: when a file is missing, cut off or damaged, naming it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        config_path = self.path / "config.json"
+        self.config = from_hf(read_json(config_path), self.path.name, str(config_path))
+        self.norm_offset = self.config.arch == "gemma3"
+        files = sorted(self.path.glob("*.safetensors"))
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            files = _shards(index)
+        if not files:
+            raise InputError(
+                str(self.path),
+                got="no *.safetensors",
+                expected="config.json with the weights beside it",
+                fix="save the model as safetensors (pickled .bin weights are not read)",
+            )
+        self._tensors = {}
+        for file in files:
+            handle = _open(file)
+            for key in handle.keys():  # noqa: SIM118  a safe_open handle is no mapping
+                self._tensors[_plain_name(key)] = (handle, key, file)
+
+    def names(self) -> set[str]:
+        skip = ("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector.")
+        names = {n for n in self._tensors if not any(s in n for s in skip)}
+        return names - {_TOP["head"]} if self.config.tie_embeddings else names
+
+    def name_of(self, leaf: str, layer: int | None = None) -> str:
+        if layer is None:
+            return _TOP[leaf]
+        return f"model.layers.{layer}.{(_GEMMA_LAYER if self.norm_offset else _LAYER)[leaf]}"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        handle, key, _ = self._tensors[name]
+        return tuple(handle.get_slice(key).get_shape())
+
+    def leaf(self, config: ModelConfig, leaf: str, name: str) -> np.ndarray:
+        """The tensor in its own dtype, matrices [out, in]."""
+        handle, key, file = self._tensors[name]
+        dtype = handle.get_slice(key).get_dtype()
+        if dtype not in _DTYPES:
+            raise InputError(
+                f"tensor {key} of {file}",
+                got=dtype,
+                expected=known(_DTYPES),
+                fix="save the model unquantized",
+            )
+        return handle.get_tensor(key)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of sharded weights names, in its folder."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise InputError(
+            str(index),
+            got="no map from tensors to files",
+            expected="`weight_map`",
+            fix="save the model again",
+        )
+    return sorted({index.parent / name for name in names.values()})
+
+
+def _plain_name(key: str) -> str:
+    """Gemma 3's multimodal checkpoints nest the text model; its names without the nesting."""
+    for prefix in ("model.language_model.", "language_model.model."):
+        if key.startswith(prefix):
+            return "model." + key.removeprefix(prefix)
+    return key.removeprefix("language_model.")
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            str(file),
+            got=f"a file that does not open ({detail[:200]})",
+            expected="a complete safetensors file",
+            fix="fetch or save the model again",
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file, or an `InputError` that names it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            str(path), got="no such file", expected="a JSON file", fix="check the folder"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise InputError(
+            str(path),
+            got=f"a file that does not parse ({error})",
+            expected="JSON",
+            fix="fetch or save the model again",
+        ) from error
+    if not isinstance(data, dict):
+        raise InputError(
+            str(path), got=type(data).__name__, expected="a JSON object", fix="check the file"
+        )
+    return data
