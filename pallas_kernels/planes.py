@@ -71,10 +71,10 @@ def unpack(planes: tuple[Array, ...], bits: int, *, transposed: bool = False) ->
     """
     if transposed:  # turn the words, not the codes: there are fewer, and the rest stays vectorized
         planes = jax.lax.optimization_barrier(tuple(w.swapaxes(-1, -2) for w in planes))
-    total, shift = None, 0
-    for width, words in zip(PLANES[bits], planes, strict=True):
-        part = _unpack_plane(words, width)
-        total = part if total is None else total | (part << shift)
+    widths = PLANES[bits]
+    total, shift = _unpack_plane(planes[0], widths[0]), widths[0]
+    for width, words in zip(widths[1:], planes[1:], strict=True):
+        total = total | (_unpack_plane(words, width) << shift)
         shift += width
     return total
 

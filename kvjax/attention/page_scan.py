@@ -6,6 +6,8 @@ codes are read straight from their words, nothing of the history is ever unpacke
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -70,7 +72,10 @@ def _chunk_logits(key: Codec, prepared, chunk: Chunk, visible) -> Array:
 
 
 def _sum_pages(acc: Acc) -> Acc:
-    return jax.tree.map(lambda a: a.sum(2), acc)  # [b, h, c, r, ...] -> [b, h, r, ...]
+    """`[b, h, c, r, ...] -> [b, h, r, ...]`. XLA reduces a middle axis 40 times slower than adds."""
+    return jax.tree.map(
+        lambda a: functools.reduce(operator.add, (a[:, :, i] for i in range(a.shape[2]))), acc
+    )
 
 
 def _rowwise(weight: Array, a: Array) -> Array:

@@ -34,11 +34,15 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
     """
     copy = lambda a: a.at[:, target].set(a[:, source])
     shared = cache.page_table is not None
-    pages = {} if shared else {
-        "key_pages": jax.tree.map(copy, cache.key_pages),
-        "value_pages": jax.tree.map(copy, cache.value_pages),
-        "page_starts": copy(cache.page_starts),
-    }
+    pages = (
+        {}
+        if shared
+        else {
+            "key_pages": jax.tree.map(copy, cache.key_pages),
+            "value_pages": jax.tree.map(copy, cache.value_pages),
+            "page_starts": copy(cache.page_starts),
+        }
+    )
     return dataclasses.replace(
         cache,
         window_key=copy(cache.window_key),

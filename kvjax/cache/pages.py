@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,8 @@ def write_page(
       start: position of the page's first token. due: bool scalar.
     """
     slot = cache.packed[layer, row] % page_slots(cache)
-    changes = {"packed": cache.packed.at[layer, row].add(due.astype(jnp.int32))}
-    if cache.page_table is None:
+    changes: dict[str, Any] = {"packed": cache.packed.at[layer, row].add(due.astype(jnp.int32))}
+    if cache.page_table is None or cache.pool_used is None:
         put = lambda a, c: _update(a, c[None, None, :, None], (layer, row, 0, slot), due)
         changes["page_starts"] = _update(
             cache.page_starts, start[None, None, None], (layer, row, slot), due
@@ -71,9 +72,7 @@ def write_page(
     else:  # the next free page of the pool; running out is seen by `overflow`, never hidden
         free = cache.pool_used[layer]
         put = lambda a, c: _update(a, c[None, None], (layer, free), due)
-        changes["page_starts"] = _update(
-            cache.page_starts, start[None, None], (layer, free), due
-        )
+        changes["page_starts"] = _update(cache.page_starts, start[None, None], (layer, free), due)
         changes["page_table"] = _update(
             cache.page_table, free[None, None, None], (layer, row, slot), due
         )

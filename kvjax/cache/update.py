@@ -223,7 +223,8 @@ def _absorb(method, cache: Cache, layer, exact, before: Array, after: Array) -> 
 
 def _take(exact: tuple[Array, Array], rows: Array, index: Array) -> tuple[Array, Array]:
     """Tokens `index: [m, s]` of the sequences `rows: [m]`, `[m, h, s, d]` each of K and V."""
-    return tuple(jnp.take_along_axis(a[rows], index[:, None, :, None], 2) for a in exact)
+    k, v = (jnp.take_along_axis(a[rows], index[:, None, :, None], 2) for a in exact)
+    return k, v
 
 
 def window_slot(layout: Layout, cache: Cache, position: Array) -> Array:
@@ -252,7 +253,7 @@ def _slot_positions(layout: Layout, cache: Cache, length: Array) -> Array:
 
 
 def _check_shapes(cache: Cache, k: Array, v: Array) -> None:
-    layers, b, h, _, d = cache.window_key.shape
+    _, b, h, _, d = cache.window_key.shape
     for name, a in (("k", k), ("v", v)):
         if a.ndim != 4 or (a.shape[0], *a.shape[2:]) != (b, h, d):
             raise InputError(

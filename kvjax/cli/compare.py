@@ -24,7 +24,9 @@ def add(subparsers) -> None:
         description="Feeds text through the model with each method's real packed cache, and writes "
         "OUT/metrics.json, OUT/report.html and OUT/pareto.png.",
     )
-    parser.add_argument("--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
+    )
     parser.add_argument(
         "--methods",
         default=DEFAULT_METHODS,
@@ -34,14 +36,18 @@ def add(subparsers) -> None:
     parser.add_argument("--context", type=int, default=2048, help="tokens per window (%(default)s)")
     parser.add_argument("--windows", type=int, default=1, help="windows of text (%(default)s)")
     parser.add_argument("--text", help="a UTF-8 text file (default: prose that ships with Python)")
-    parser.add_argument("--seed", type=int, default=0, help="of rotations and sketches (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of rotations and sketches (%(default)s)"
+    )
     parser.add_argument(
         "--rounds", type=int, default=4, help="timed rounds of 8 steps per method; 0 skips speed"
     )
     parser.add_argument(
         "--samples", metavar="METHOD", help="also continue some text with METHOD and the full cache"
     )
-    parser.add_argument("--out", default="runs/compare", help="folder for the results (%(default)s)")
+    parser.add_argument(
+        "--out", default="runs/compare", help="folder for the results (%(default)s)"
+    )
     options.add_layout(parser)
     parser.set_defaults(run=run)
 

@@ -18,7 +18,9 @@ def add(subparsers) -> None:
         "those of a plain bf16 cache of the same capacity.",
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; - or nothing reads stdin")
-    parser.add_argument("--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
+    )
     parser.add_argument("--method", default="turboquant-3", help="(%(default)s)")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the chat format")
     parser.add_argument("--max-new", type=int, default=128, help="most new tokens (%(default)s)")

@@ -40,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
     context, batch = options.positive("--context", context), options.positive("--batch", args.batch)
     layout = options.layout_of(args)
     names = options.names(args.methods) if args.methods else list(RECIPES)
-    rows = [
-        footprint(config, name, context=context, batch=batch, layout=layout) for name in names
-    ]
+    rows = [footprint(config, name, context=context, batch=batch, layout=layout) for name in names]
     per_token = int(config.kv_bytes_per_token(2))
     plain = plain_bytes(config, context, batch)
     if args.json:
@@ -101,7 +99,9 @@ def read_config(name: str):
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(
-            str(path), got=f"text that is not JSON ({error})", expected="a config.json",
+            str(path),
+            got=f"text that is not JSON ({error})",
+            expected="a config.json",
             fix="check the file",
         ) from None
     return from_hf(data)

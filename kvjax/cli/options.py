@@ -17,7 +17,9 @@ MODEL_HELP = "a name from `kvjax models list`, a Hugging Face folder, or a .gguf
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("layout of the cache")
-    group.add_argument("--sink", type=int, default=4, help="exact tokens at the start (%(default)s)")
+    group.add_argument(
+        "--sink", type=int, default=4, help="exact tokens at the start (%(default)s)"
+    )
     group.add_argument(
         "--recent", type=int, default=64, help="exact tokens at the end, at least (%(default)s)"
     )
@@ -47,7 +49,10 @@ def out_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            "--out", got=f"{path} ({error.strerror})", expected="a folder to write", fix="choose one"
+            "--out",
+            got=f"{path} ({error.strerror})",
+            expected="a folder to write",
+            fix="choose one",
         ) from None
     if not os.access(folder, os.W_OK):
         raise InputError(

@@ -10,7 +10,7 @@ import numpy as np
 from kvjax.core.errors import InputError
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lloyd_max(d: int | None, bits: int) -> tuple[float, ...]:
     """Levels that minimize the squared error of one coordinate, sorted, symmetric about 0.
 

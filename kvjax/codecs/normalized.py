@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
@@ -10,7 +10,8 @@ from kvjax.core.codec import Acc, Array, Code, Codec, Prepared
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree, static
 
-GAINS = ("none", "norm", "unbiased", "least_squares")
+Gain = Literal["none", "norm", "unbiased", "least_squares"]
+GAINS = get_args(Gain)
 
 
 @pytree
@@ -39,7 +40,7 @@ class Normalized(Codec):
     """
 
     inner: Codec
-    gain: Literal["none", "norm", "unbiased", "least_squares"] = static(default="none")
+    gain: Gain = static(default="none")
     scale_dtype: jnp.dtype = static(default=jnp.dtype("float16"))
 
     def __post_init__(self):

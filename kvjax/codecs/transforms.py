@@ -16,7 +16,7 @@ from kvjax.core.pytree import pytree
 
 @pytree
 class Transform:
-    """y = A x on the last axis. For queries, `dual` is the inverse transpose: <dual q, y> = <q, x>."""
+    """y = A x on the last axis; `dual` is the inverse transpose: <dual q, y> = <q, x>."""
 
     def forward(self, x: Array) -> Array:
         raise NotImplementedError
@@ -139,7 +139,7 @@ def hadamard_transform(x: Array, *, inverse: bool = False) -> Array:
     return x.reshape(*lead, d)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _factors(d: int) -> tuple[np.ndarray, ...]:
     odd, power = d, 0
     while odd % 2 == 0:

@@ -104,8 +104,8 @@ class Uniform(Codec):
         codes = jnp.round((x - low) / jnp.where(scale == 0, 1, scale))
         codes = self._ungrouped(jnp.clip(codes, 0, levels)).astype(jnp.uint32)  # [..., t, d]
         words = planes.pack(codes, self.bits, transposed=self.transposed)
-        store = lambda a: None if a is None else a.squeeze(along).astype(self.scale_dtype)
-        return UniformCode(words, store(scale), store(zero))
+        store = lambda a: a.squeeze(along).astype(self.scale_dtype)
+        return UniformCode(words, store(scale), None if zero is None else store(zero))
 
     def decode(self, code: UniformCode) -> Array:
         along = -1 if self.axis == "channels" else -2

@@ -52,7 +52,7 @@ class Codec:
         return matmul_t(prepared, self.decode(code))
 
     def accumulate(self, p: Array, code: Code) -> Acc:
-        """The page's part of the output for weights `p: [..., g, t]`: linear in p, in any basis."""
+        """The page's part of the output for weights `p: [..., g, t]`; linear in p, any basis."""
         return matmul(p, self.decode(code))
 
     def restore(self, acc: Acc) -> Array:
@@ -83,4 +83,3 @@ def matmul(a: Array, b: Array) -> Array:
 def matmul_t(a: Array, b: Array) -> Array:
     """`a @ b.T` over the last two axes, `[..., g, d], [..., t, d] -> [..., g, t]`, in float32."""
     return jnp.einsum("...gd,...td->...gt", a, b, preferred_element_type=jnp.float32)
-

@@ -13,7 +13,7 @@ from kvjax.core.pytree import pytree, static
 class Method:
     """How a cache compresses; a value that can be printed, compared, stacked and replaced.
 
-    Keys and values are set independently: `Method(key=kivi(2, 64).key, value=turboquant(3, 64).value)`.
+    Keys and values are set independently: `Method(key=kivi(2).key, value=integer(4).value)`.
 
     Args:
       key, value: codecs for `[..., t, head_dim]` pages.

@@ -20,7 +20,7 @@ def same(a: Any, b: Any) -> bool:
     """Whether two pytrees have the same structure, static fields and leaf values."""
     leaves_a, tree_a = jax.tree.flatten(a)
     leaves_b, tree_b = jax.tree.flatten(b)
-    return tree_a == tree_b and all(
+    return bool(tree_a == tree_b) and all(  # type: ignore[operator]
         np.array_equal(x, y) for x, y in zip(leaves_a, leaves_b, strict=True)
     )
 
@@ -31,7 +31,7 @@ def pytree(cls: T) -> T:
 
     Values are compared with `same`; they are unhashable, since they may hold arrays.
     """
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    cls.__eq__ = lambda self, other: type(self) is type(other) and same(self, other)
-    cls.__hash__ = None
-    return jax.tree_util.register_dataclass(cls)
+    made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    made.__eq__ = lambda self, other: type(self) is type(other) and same(self, other)
+    made.__hash__ = None
+    return jax.tree_util.register_dataclass(made)

@@ -18,7 +18,7 @@ from kvjax.evals.reference import Reference, reference_pass
 from kvjax.evals.speed import race
 from kvjax.evals.text import cut_windows
 from kvjax.generate.loop import State, generate
-from kvjax.generate.plan import Plan, check_finite, init_caches, make_plan, prepare_params
+from kvjax.generate.plan import Plan, check_finite, init_caches, make_plan
 from kvjax.methods import get
 from kvjax.models.load import Model
 
@@ -62,11 +62,6 @@ def compare(
         for name in settings.methods
     ]
     plans = {method.name: make_plan(config, method) for method in methods}
-    if settings.sample_method is not None and settings.sample_method not in plans:
-        sampled = get(settings.sample_method, config.head_dim, layout=settings.layout)
-        samples_plan = make_plan(config, sampled)
-    else:
-        samples_plan = plans.get(settings.sample_method or "")
     block = _block(plans, settings)
     room = _room(config.max_positions, settings)
     windows = _windows(model, text, settings)
@@ -76,11 +71,13 @@ def compare(
         references.append(reference_pass(model.params, config, tokens))
         check_finite(references[-1].finite)
 
-    rows, racers = [], {}
+    rows: list[dict[str, Any]] = []
+    racers: dict[str, tuple[Plan, State]] = {}
     for name, plan in plans.items():
         progress(f"{name}: quality")
-        params = prepare_params(plan, model.params)
-        row, caches = _quality(plan, params, windows, references, block, settings.context + room)
+        row, caches = _quality(
+            plan, model.params, windows, references, block, settings.context + room
+        )
         rows.append({"method": name, **_sizes(plan, settings.context), **row})
         if room:
             last = jnp.asarray(windows[-1][-1:], jnp.int32)
@@ -91,9 +88,9 @@ def compare(
     progress("decode speed, all methods in turn")
     _add_speed(rows, racers, model, settings)
     samples = []
-    if samples_plan is not None:
+    if settings.sample_method is not None:
         progress("samples")
-        samples = _samples(model, windows[0], samples_plan)
+        samples = _samples(model, windows[0], settings.sample_method, settings)
     layout = settings.layout
     return {
         "context": settings.context,
@@ -143,9 +140,7 @@ def _windows(model: Model, text: str, settings: Settings) -> np.ndarray:
             expected=f"at most the {model.config.max_positions} positions of {model.config.name}",
             fix="use a shorter context, or a model with more positions",
         )
-    return cut_windows(
-        model.tokenizer, text, context=settings.context, windows=settings.windows
-    )
+    return cut_windows(model.tokenizer, text, context=settings.context, windows=settings.windows)
 
 
 def _quality(
@@ -205,23 +200,23 @@ def _add_speed(rows: list[dict], racers: dict, model: Model, settings: Settings)
         row["decode_vs_bf16"] = base / own if own and base else None
 
 
-def _samples(model: Model, tokens: np.ndarray, plan: Plan) -> list[dict[str, str]]:
+def _samples(
+    model: Model, tokens: np.ndarray, sampled: str, settings: Settings
+) -> list[dict[str, str]]:
     """Three stretches of the text, long enough to be packed, continued by both caches."""
-    exact = make_plan(model.config, get("bf16", model.config.head_dim, layout=_layout(plan)))
     length = min(384, len(tokens) // 4)
     starts = [i * (len(tokens) - length) // 2 for i in range(3)]
     prompts = [tokens[s : s + length].tolist() for s in starts]
-    outputs = {
-        name: np.asarray(generate(p, prepare_params(p, model.params), prompts, max_new=24)[0])
-        for name, p in (("full cache", exact), (plan.methods[0].name, plan))
-    }
-    show = lambda ids: " ".join(model.tokenizer.decode(ids).split())
+    outputs = {}
+    for shown, name in (("full cache", "bf16"), (sampled, sampled)):
+        method = get(name, model.config.head_dim, layout=settings.layout, seed=settings.seed)
+        plan = make_plan(model.config, method)
+        outputs[shown] = np.asarray(generate(plan, model.params, prompts, max_new=24)[0])
+    assert model.tokenizer is not None  # the windows were cut with it
+    decode = model.tokenizer.decode
+    show = lambda ids: " ".join(decode(ids).split())
     return [
         {"prompt": show(prompt[-24:]), "method": name, "text": show(rows[i])}
         for i, prompt in enumerate(prompts)
         for name, rows in outputs.items()
     ]
-
-
-def _layout(plan: Plan) -> Layout:
-    return plan.methods[0].layout

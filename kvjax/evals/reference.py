@@ -1,4 +1,4 @@
-"""What the model does with its full cache: the truth that compressed caches are measured against."""
+"""What the model does with its full cache: what compressed caches are measured against."""
 
 from __future__ import annotations
 
@@ -59,8 +59,6 @@ def reference_pass(params: Params, config: ModelConfig, tokens: Array) -> Refere
         (blank(r.length, h, t, d), blank(r.length, h, t, d), blank(r.length, len(probes), h, g, d))
         for r in runs
     )
-    hidden, caches, finite = decode_layers(
-        params, config, tokens[None], positions, attend, caches
-    )
+    hidden, caches, finite = decode_layers(params, config, tokens[None], positions, attend, caches)
     key, value, query = zip(*caches, strict=True)
     return Reference(hidden[0], key, value, query, probes, finite)

@@ -1,4 +1,4 @@
-"""Whole generations under one jit: blockwise prefill, then a step per token, nothing on the host."""
+"""Whole generations under one jit: blockwise prefill, then a step per token."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], block: int) -> tuple[np.ndarra
     """Ragged prompts as int32 `[b, T]`, T a multiple of `block`, and their lengths `[b]`."""
     lengths = np.array([len(p) for p in prompts], np.int32)
     if lengths.size == 0 or lengths.min() < 1:
-        raise InputError(
-            "prompt", got="no tokens", expected="at least one", fix="give some text"
-        )
+        raise InputError("prompt", got="no tokens", expected="at least one", fix="give some text")
     width = -(-int(lengths.max()) // block) * block
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -155,9 +153,7 @@ def advance(plan: Plan, params: Params, state: State, temperature: float = 0.0) 
 step = jax.jit(advance, static_argnames="temperature", donate_argnames="state")
 
 
-@functools.partial(
-    jax.jit, static_argnames=("max_new", "temperature"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("max_new", "temperature"), donate_argnames="state")
 def _finish(plan, params, state, *, max_new, temperature):
     def one(state, _):
         state = advance(plan, params, state, temperature)

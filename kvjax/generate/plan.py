@@ -153,4 +153,3 @@ def check_finite(finite: Array) -> None:
         expected="finite numbers",
         fix="check the checkpoint, or run it in float32",
     )
-

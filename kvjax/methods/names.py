@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 
@@ -20,15 +21,23 @@ from kvjax.methods.turboquant import turboquant
 Recipe = Callable[[int, jax.Array], Method]  # (head_dim, rng) -> Method
 
 
-def _turbo(bits: float, **options) -> Recipe:
-    return lambda d, rng: turboquant(bits, d, rng=rng, **options)
+def _fixed(method: Method) -> Recipe:
+    return lambda d, rng: method
+
+
+def _hadamard(bits: int) -> Recipe:
+    return lambda d, rng: hadamard_int(bits, d, rng=rng)
+
+
+def _turbo(bits: float, residual: Literal["qjl"] | None = None) -> Recipe:
+    return lambda d, rng: turboquant(bits, d, rng=rng, residual=residual)
 
 
 RECIPES: dict[str, Recipe] = {
-    "bf16": lambda d, rng: bf16(),
-    **{f"int{b}": lambda d, rng, b=b: integer(b) for b in (8, 4, 3, 2)},
-    **{f"hadamard-int{b}": lambda d, rng, b=b: hadamard_int(b, d, rng=rng) for b in (8, 4, 3, 2)},
-    **{f"kivi-{b}": lambda d, rng, b=b: kivi(b) for b in (2, 4)},
+    "bf16": _fixed(bf16()),
+    **{f"int{b}": _fixed(integer(b)) for b in (8, 4, 3, 2)},
+    **{f"hadamard-int{b}": _hadamard(b) for b in (8, 4, 3, 2)},
+    **{f"kivi-{b}": _fixed(kivi(b)) for b in (4, 2)},
     **{f"turboquant-{b:g}": _turbo(b) for b in (1, 2, 2.5, 3, 3.5, 4)},
     **{f"turboquant-prod-{b}": _turbo(b, residual="qjl") for b in (1, 2, 3, 4)},
     "qjl": lambda d, rng: qjl(d, rng=rng),

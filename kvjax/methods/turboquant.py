@@ -8,12 +8,14 @@ from typing import Literal
 import jax
 
 from kvjax.codecs import QJL, Codebook, Normalized, Outliers, Residual, rotated
+from kvjax.codecs.normalized import Gain
 from kvjax.core.codec import Codec
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.rng import fold
 
 Rotation = Literal["haar", "hadamard"]
+Sketch = Literal["orthogonal", "gaussian"]
 
 
 def turboquant(
@@ -23,8 +25,8 @@ def turboquant(
     rng: jax.Array,
     residual: Literal["qjl"] | None = None,
     rotation: Rotation = "hadamard",
-    gain: str = "none",
-    sketch: Literal["orthogonal", "gaussian"] = "gaussian",
+    gain: Gain = "none",
+    sketch: Sketch = "gaussian",
 ) -> Method:
     """TurboQuant for keys and values.
 
@@ -73,7 +75,7 @@ def turboquant(
     return Method(key, side("value"), name=f"turboquant-prod-{bits:g}")
 
 
-def _mse(bits: float, d: int, rng: jax.Array, rotation: Rotation, gain: str) -> Codec:
+def _mse(bits: float, d: int, rng: jax.Array, rotation: Rotation, gain: Gain) -> Codec:
     def part(size: int, width: int, name: str) -> Codec:
         inner = Normalized(Codebook.lloyd_max(size, width), gain=gain)
         return rotated(rotation, size, inner, rng=fold(rng, "rotation", name))
@@ -85,7 +87,7 @@ def _mse(bits: float, d: int, rng: jax.Array, rotation: Rotation, gain: str) -> 
     return Outliers(part(count, low + 1, "outliers"), part(d - count, low, "rest"), count)
 
 
-def _prod(bits: int, d: int, rng: jax.Array, rotation: Rotation, sketch: str) -> Codec:
+def _prod(bits: int, d: int, rng: jax.Array, rotation: Rotation, sketch: Sketch) -> Codec:
     qjl = QJL.random(d, rng=fold(rng, "sketch"), kind=sketch)
     if bits == 1:
         return qjl

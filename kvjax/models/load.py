@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,13 +74,14 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None) -> Model:
       >>> logits = forward(model.params, model.config, tokens)  # doctest: +SKIP
     """
     dtype = _dtype(dtype)
-    path = _find(name_or_path)
+    path, name = _find(name_or_path)
     if path.is_dir():
         folder = HFFolder(path)
         params = read_params(folder, folder.config, dtype)
         return Model(folder.config, params, _folder_tokenizer(path), path)
     file = GGUFFile(path)
     config = from_gguf(file)
+    config = dataclasses.replace(config, name=name or config.name)
     params = read_params(file, config, dtype)
     known_tokens = "tokenizer.ggml.model" in file.fields
     return Model(config, params, Tokenizer.from_gguf(file) if known_tokens else None, path)
@@ -95,10 +97,11 @@ def _dtype(dtype: Any) -> np.dtype:
     return allowed[name]
 
 
-def _find(name_or_path: str | os.PathLike) -> Path:
+def _find(name_or_path: str | os.PathLike) -> tuple[Path, str | None]:
+    """The file or folder, and the model's name if it is one that `kvjax models` knows."""
     path = Path(name_or_path).expanduser()
     if path.exists():
-        return path
+        return path, None
     if path.suffix == ".gguf" or len(path.parts) > 1:
         raise InputError(
             str(path),
@@ -115,7 +118,7 @@ def _find(name_or_path: str | os.PathLike) -> Path:
             expected=f"its file at {hub.path_of(spec)}",
             fix=f"run `kvjax models fetch {spec.name}`",
         )
-    return fetched
+    return fetched, spec.name
 
 
 def _folder_tokenizer(path: Path) -> Tokenizer | None:

@@ -1,0 +1,545 @@
+"""A comparison as a picture and a page: `pareto.png` and a self-contained `report.html`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import itertools
+import math
+import os
+import re
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from kvjax.evals.table import (
+    COLUMNS,
+    DASH,
+    Row,
+    exact,
+    fixed,
+    front_rows,
+    kl_text,
+    measured,
+    number,
+    one_line,
+    point,
+    setting,
+)
+
+BUDGETS = (2.5, 3.5, 4.5)  # true bits per value that the summary speaks about
+LOWEST_KL = 1e-5  # below this the plot only says "less": it is rounding, not compression
+TICKS = (0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32)  # bits
+
+# family: (colour, marker); the colours are told apart with any colour vision
+FAMILIES = {
+    "bf16": ("#222222", "*"),
+    "int": ("#e69f00", "s"),
+    "hadamard-int": ("#b5541c", "D"),
+    "kivi": ("#009e73", "^"),
+    "turboquant": ("#0072b2", "o"),
+    "turboquant-prod": ("#56b4e9", "P"),
+    "qjl": ("#cc79a7", "X"),
+    "mixed": ("#7a52a8", "h"),
+    "other": ("#8a8a8a", "d"),
+}
+
+
+def write_report(metrics: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
+    """Writes `pareto.png` and `report.html` into `folder`, each whole or not at all.
+
+    Args:
+      metrics: what `kvjax compare` writes as `metrics.json`; keys may be missing, numbers null.
+      folder: made if it is not there.
+    Returns:
+      The path of the page.
+    Raises:
+      InputError: a value that is not a number where one is due.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    png = pareto_png(metrics)
+    page = report_html(metrics, png).encode("utf-8", "xmlcharrefreplace")
+    _replace(folder / "pareto.png", png)
+    _replace(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def family(method: str) -> str:
+    """The key of `FAMILIES` that a method's name belongs to.
+
+    Example:
+      >>> family("turboquant-prod-3"), family("kivi-2/turboquant-3"), family("mine")
+      ('turboquant-prod', 'mixed', 'other')
+    """
+    if "/" in method:
+        return "mixed"
+    names = "turboquant-prod|turboquant|hadamard-int|kivi|qjl|bf16|int"
+    found = re.match(rf"({names})(?![a-z])", method)
+    return found[1] if found else "other"
+
+
+def pareto_png(metrics: Mapping[str, Any]) -> bytes:
+    """KL (log) against true bits per value (log2), 1200 x 800 pixels."""
+    rows = measured(metrics.get("rows") or [])
+    figure = Figure(figsize=(12, 8), dpi=100, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.08, 0.09, 0.9, 0.79))
+    figure.text(0.08, 0.945, "What compression costs: KL against bits", size=19, weight="bold")
+    under = f"{one_line(metrics.get('model'))} on {one_line(metrics.get('text'))}"
+    windows, context = (fixed(number(metrics, name), 0) for name in ("windows", "context"))
+    under = f"{under[:100]}, {windows} windows of {context} tokens, bars ± 1 s.e."
+    figure.text(0.08, 0.905, under, size=13, color="#555555", parse_math=False)
+    with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        if rows:
+            _draw(axes, rows)
+        else:
+            axes.text(0.5, 0.5, "no method has both bits and KL", size=16, ha="center")
+            axes.set_axis_off()
+        buffer = io.BytesIO()
+        canvas.print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axes: Axes, rows: Sequence[Row]) -> None:
+    floor = _floor(rows)
+    marks = [(bits, max(kl, floor)) for bits, kl in map(point, rows)]
+    low, high = _limits(axes, marks, rows, floor)
+    front = [(bits, max(kl, floor)) for bits, kl in map(point, front_rows(rows))]
+    ends = [(front[0][0], high), *front, (axes.get_xlim()[1], front[-1][1])]
+    axes.step(*zip(*ends, strict=True), where="post", color="#9aa5b1", lw=2.2, zorder=1)
+    for row, (bits, kl) in zip(rows, marks, strict=True):
+        colour, marker = FAMILIES[family(one_line(row.get("method")))]
+        clipped = point(row)[1] < floor
+        error = number(row, "kl_se")
+        if error and math.isfinite(error) and not clipped:
+            down = min(error, kl - low)
+            axes.errorbar(bits, kl, [[down], [error]], color=colour, capsize=4, lw=1.3, zorder=2)
+        style = {"color": colour, "markeredgecolor": "white", "markeredgewidth": 0.9, "zorder": 3}
+        size = 17 if marker == "*" and not clipped else 11
+        axes.plot(bits, kl, "v" if clipped else marker, markersize=size, **style)
+    _legend(axes, rows, floor)
+    _label(axes, [one_line(row.get("method")) for row in rows], rows, marks, ends)
+
+
+def _floor(rows: Sequence[Row]) -> float:
+    """The decade under the least KL that is more than rounding."""
+    kls = [kl for _, kl in map(point, rows) if kl >= LOWEST_KL]
+    return max(LOWEST_KL, 10.0 ** math.floor(math.log10(min(kls) / 1.3))) if kls else LOWEST_KL
+
+
+def _limits(axes: Axes, marks, rows, floor: float) -> tuple[float, float]:
+    bits = [b for b, _ in marks]
+    tops = [kl + _finite(number(row, "kl_se")) for row, (_, kl) in zip(rows, marks, strict=True)]
+    low = floor / 1.5 if any(point(row)[1] < floor for row in rows) else floor
+    high = 2.0 * max(*tops, 5 * floor)
+    axes.set(xscale="log", yscale="log", ylim=(low, high))
+    axes.set_xlim(min(bits) / 1.13, max(bits) * 1.22)
+    axes.set_xlabel("true bits per value (scales, zeros and norms counted)", size=14)
+    axes.set_ylabel("KL to the full cache, nats per token", size=14)
+    axes.set_xticks([t for t in TICKS if min(bits) / 1.13 <= t <= max(bits) * 1.22])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=13)
+    axes.tick_params(axis="x", which="minor", length=0)
+    axes.grid(which="major", color="#e6e8eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return low, high
+
+
+def _finite(x: float | None) -> float:
+    return x if x is not None and math.isfinite(x) else 0.0
+
+
+def _legend(axes: Axes, rows: Sequence[Row], floor: float) -> None:
+    present = {family(one_line(row.get("method"))) for row in rows}
+    handles = [
+        Line2D([], [], ls="", marker=marker, color=colour, ms=10, mec="white", label=name)
+        for name, (colour, marker) in FAMILIES.items()
+        if name in present
+    ]
+    handles.append(Line2D([], [], color="#9aa5b1", lw=2.2, label="Pareto front"))
+    if any(point(row)[1] < floor for row in rows):
+        below = f"KL below {floor:g}, drawn there"
+        handles.append(Line2D([], [], ls="", marker="v", color="#555555", ms=10, label=below))
+    axes.legend(handles=handles, loc="upper right", fontsize=12.5, framealpha=0.95)
+
+
+def _label(axes: Axes, names, rows, marks, ends) -> None:
+    """Puts each name where it covers the least: greedy, from the crowded points outwards."""
+    renderer = axes.figure.canvas.get_renderer()
+    axes.figure.canvas.draw()
+    pixels = [tuple(axes.transData.transform(mark)) for mark in marks]
+    legend = axes.get_legend().get_window_extent(renderer)
+    taken = [tuple(legend.extents)] + [_around(x, y, 9, 9) for x, y in pixels]
+    for row, (bits, kl), (x, _) in zip(rows, marks, pixels, strict=True):
+        error = _finite(number(row, "kl_se"))
+        top = axes.transData.transform((bits, kl + error))[1]
+        bottom = axes.transData.transform((bits, max(kl - error, axes.get_ylim()[0])))[1]
+        taken.append((x - 5, bottom, x + 5, top))
+    line = [tuple(axes.transData.transform(end)) for end in ends]
+    frame = tuple(axes.get_window_extent(renderer).extents)
+    near = [sum(math.dist(a, b) < 120 for b in pixels) for a in pixels]
+    for i in sorted(range(len(marks)), key=lambda i: -near[i]):
+        colour, _ = FAMILIES[family(names[i])]
+        short = names[i] if len(names[i]) <= 40 else f"{names[i][:19]}…{names[i][-19:]}"
+        text = axes.annotate(
+            short,
+            marks[i],
+            (0, 0),
+            textcoords="offset pixels",
+            size=12,
+            color=colour if colour != "#8a8a8a" else "#555555",
+            va="center",
+            parse_math=False,
+            zorder=4,
+        )
+        wide, tall = text.get_window_extent(renderer).size
+        (dx, dy), placed = _place(pixels[i], wide, tall, taken, line, frame)
+        text.set_position((dx, dy))
+        if math.hypot(max(dx, -dx - wide, 0), dy) > 26:  # far from its point: lead back to it
+            foot = (min(max(pixels[i][0], placed[0]), placed[2]), pixels[i][1] + dy)
+            inverse = axes.transData.inverted().transform
+            axes.plot(*zip(marks[i], inverse(foot), strict=True), color=colour, lw=0.7, zorder=1.5)
+        taken.append(placed)
+
+
+def _place(at, wide, tall, taken, line, frame):
+    """The cheapest (offset, box) for a text of `wide` x `tall` pixels near the point `at`."""
+    best, pieces = None, [box for a, b in itertools.pairwise(line) for box in _steps(a, b)]
+    shifts = [0, 14, -14, 22, -22, 34, -34, 48, -48, 64, -64, 82, -82, 102, -102]
+    for dy, side in itertools.product(shifts, (14, -14 - wide, -wide / 2, 30, -30 - wide)):
+        x, y = at[0] + side, at[1] + dy
+        box = (x - 2, y - tall / 2 - 1, x + wide + 2, y + tall / 2 + 1)
+        cost = sum(_overlap(box, other) for other in taken) * 2.0
+        cost += sum(_overlap(box, piece) for piece in pieces)
+        cost += 10 * (wide * tall - _overlap((x, y - tall / 2, x + wide, y + tall / 2), frame))
+        cost += 1.2 * abs(dy) + 0.3 * abs(side + wide / 2)
+        if best is None or cost < best[0]:
+            best = (cost, (side, dy), box)
+    return best[1:]
+
+
+def _around(x, y, w, h):
+    return (x - w, y - h, x + w, y + h)
+
+
+def _steps(a, b):
+    """The step from a to b, flat and then down, as two thin boxes."""
+    return (a[0], a[1] - 2, b[0], a[1] + 2), (b[0] - 2, min(a[1], b[1]), b[0] + 2, max(a[1], b[1]))
+
+
+def _overlap(a, b) -> float:
+    wide, tall = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return wide * tall if wide > 0 and tall > 0 else 0.0
+
+
+def report_html(metrics: Mapping[str, Any], png: bytes) -> str:
+    """The page: one file that loads nothing from outside, with all data escaped."""
+    rows = metrics.get("rows") or []
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    absent = [row for row in rows if row not in measured(rows)]
+    left = ", ".join(_text(row.get("method")) for row in absent)
+    model = _text(metrics.get("model"))
+    return PAGE.substitute(
+        title=f"KV cache compression: {model}",
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'",
+        style=STYLE,
+        script=SCRIPT,
+        summary=summary(metrics),
+        png=base64.b64encode(png).decode(),
+        left=f" Not in the plot, for want of bits or KL: {left}." if absent else "",
+        table=_table(rows),
+        setting=_text(setting(metrics)),
+        reading=_reading(metrics),
+        samples=_samples(metrics.get("samples") or []),
+        stamp=_stamp(metrics.get("stamp") or {}),
+    )
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """The result in one paragraph of HTML: the best method within each of `BUDGETS`."""
+    rows = metrics.get("rows") or []
+    number_of = f"{len(rows)} method{'' if len(rows) == 1 else 's'}"
+    windows, context = (fixed(number(metrics, name), 0) for name in ("windows", "context"))
+    parts = [
+        f"{number_of} of compressing the cache of {_text(metrics.get('model'))}, compared on "
+        f"{_text(metrics.get('text'))} ({windows} windows of {context} tokens) by how far the "
+        "predictions move from those with the full cache (KL; 0 is no change)."
+    ]
+    front, last = front_rows(rows), None
+    for budget in BUDGETS:
+        within = [row for row in front if point(row)[0] <= budget]
+        if not within:
+            parts.append(f"No method was measured at {budget} bits per value or fewer.")
+        elif within[-1] is last:
+            parts.append(f"Up to {budget} bits it is still the best.")
+        else:
+            last = within[-1]
+            parts.append(_pick(last, budget, rows))
+    ppl = number(metrics.get("full") or {}, "ppl")
+    if ppl is not None:
+        parts.append(f"The full cache has perplexity {fixed(ppl)}.")
+    return " ".join(parts)
+
+
+def _pick(best: Row, budget: float, rows: Sequence[Row]) -> str:
+    facts = [f"{fixed(point(best)[0])} bits", f"KL {kl_text(best)}"]
+    facts += [f"{name} {cell}" for name, cell in _cells(best, "top-1 %", "ppl") if cell != DASH]
+    facts += [f"a cache {cell} of bf16" for _, cell in _cells(best, "of bf16") if cell != DASH]
+    said = (
+        f"Up to {budget} bits per value, <strong>{_text(best.get('method'))}</strong> is on the "
+        f"Pareto front with the lowest KL ({', '.join(facts)})"
+    )
+    peers = [row for row in measured(rows) if row is not best and point(row)[0] <= budget]
+    peers = [_text(row.get("method")) for row in peers if _told_apart(row, best) is False]
+    return f"{said}; {', '.join(peers)} cannot be told from it by KL." if peers else f"{said}."
+
+
+def _cells(row: Row, *headers: str) -> list[tuple[str, str]]:
+    return [(c.header, c.show(row)) for c in COLUMNS if c.header in headers]
+
+
+def _told_apart(a: Row, b: Row) -> bool | None:
+    """Whether two KLs differ by over two standard errors of their difference; None: unknown."""
+    errors = number(a, "kl_se"), number(b, "kl_se")
+    if None in errors:
+        return None
+    return abs(point(a)[1] - point(b)[1]) > 2 * math.hypot(*errors)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    best = {id(row) for row in front_rows(rows)}
+    heads = [("method", "what was used; KEYS/VALUES if two were mixed")]
+    heads += [(column.title, column.meaning) for column in COLUMNS]
+    head = "".join(
+        f'<th scope="col" title="{_text(meaning)}"><button type="button">{_text(title)}</button>'
+        for title, meaning in heads
+    )
+    body = "".join(
+        f"<tr{' class=front' if id(row) in best else ''}>"
+        f'<th scope="row">{_text(row.get("method"))}{"".join(map(_cell(row), COLUMNS))}\n'
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</thead><tbody>\n{body}</tbody></table>"
+
+
+def _cell(row: Row):
+    def cell(column) -> str:
+        value = column.value(row)
+        key = "" if value is None or not math.isfinite(value) else repr(value)
+        return f'<td data-v="{key}">{_text(column.show(row))}'
+
+    return cell
+
+
+def _reading(metrics: Mapping[str, Any]) -> str:
+    layout = metrics.get("layout") or {}
+    notes = [
+        ("exact windows", f"{exact(layout)}; every method has them, and they are not compressed."),
+        (
+            "true bits",
+            "all that has to be stored to read a number back. Bits with windows adds the exact "
+            "tokens: it falls towards bits per value as the context grows.",
+        ),
+        ("front", "no other method has both fewer bits and a lower KL; bold in the table."),
+        (DASH, "not measured."),
+    ]
+    items = [(column.title, column.meaning) for column in COLUMNS] + notes
+    return "".join(f"<dt>{_text(term)}<dd>{_text(meaning)}\n" for term, meaning in items)
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Each prompt once: the full cache on the left, every compressed one beside it."""
+    if not samples:
+        return ""
+    parts = []
+    for prompt in dict.fromkeys(str(sample.get("prompt") or "") for sample in samples):
+        here = [s for s in samples if str(s.get("prompt") or "") == prompt]
+        full = next((s for s in here if _is_full(s)), None)
+        text = None if full is None else str(full.get("text") or "")
+        left = "" if full is None else _sample(full, None)
+        right = "".join(_sample(s, text) for s in here if s is not full)
+        parts.append(
+            f"<h3>After a text that ends with</h3>"
+            f"<blockquote>{_text(prompt, lines=True)}</blockquote>"
+            f'<div class="pair"><div>{left}</div><div>{right}</div></div>'
+        )
+    note = "<p>Marked: from where a text leaves that of the full cache.</p>"
+    return f"<section><h2>Samples</h2>{note}{''.join(parts)}</section>"
+
+
+def _is_full(sample: Mapping[str, Any]) -> bool:
+    name = str(sample.get("method") or "").lower()
+    return name.startswith("full") or family(name) == "bf16"
+
+
+def _sample(sample: Mapping[str, Any], full: str | None) -> str:
+    text = str(sample.get("text") or "")
+    same = len(text) if full is None else _common(text, full)
+    tail = f"<mark>{_text(text[same:], lines=True)}</mark>" if same < len(text) else ""
+    note = " (the same text)" if full is not None and text == full else ""
+    return (
+        f"<h4>{_text(sample.get('method'))}{note}</h4>"
+        f"<pre>{_text(text[:same], lines=True)}{tail}</pre>"
+    )
+
+
+def _common(text: str, full: str) -> int:
+    """Characters of `text`, in whole words, before it leaves `full`."""
+    pairs = enumerate(itertools.zip_longest(text, full))
+    end = next((i for i, (a, b) in pairs if a != b), len(text))
+    return end if end == len(text) else text.rfind(" ", 0, end) + 1
+
+
+def _stamp(stamp: Mapping[str, Any]) -> str:
+    command = stamp.get("command")
+    if isinstance(command, (list, tuple)):
+        command = shlex.join(map(str, command))
+    facts = "".join(
+        f"<dt>{_text(name)}<dd>{_text(value)}\n"
+        for name, value in stamp.items()
+        if name != "command"
+    )
+    facts = f"<dl>{facts}</dl>" if facts else f"<p>{DASH}</p>"
+    return f"{facts}<p>To reproduce:</p><pre>{_text(command, lines=True)}</pre>"
+
+
+def _text(value: object, lines: bool = False) -> str:
+    """A value as HTML text or attribute; with `lines`, line ends and indents stay."""
+    if not lines:
+        return html.escape(one_line(value))
+    text = DASH if value is None else str(value)
+    kept = "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+    return html.escape(kept)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes beside `path` and renames, so that a reader sees the old file or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5c6773; --line: #d9dee4;
+  --paper: #fff; --tint: #f4f6f8; --accent: #0b63b0; --mark: #fde7b0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --soft: #9aa5b1;
+  --line: #363f4a; --paper: #14181d; --tint: #1d232a; --accent: #7cb8f2; --mark: #5a4510; } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1rem 1.2rem 4rem; max-width: 74rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0; overflow-wrap: anywhere }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem } h3, h4 { font-size: 1rem; margin: 1rem 0 .3rem }
+p, dd { max-width: 46rem; overflow-wrap: anywhere } .lead { font-size: 1.08rem }
+.note { color: var(--soft); font-size: .9rem }
+figure { margin: 1.5rem 0 } figcaption { margin-top: .4rem }
+img { width: 100%; max-width: 1200px; height: auto; border-radius: 6px; display: block }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
+  width: 100% }
+th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line) }
+thead th { vertical-align: bottom; border-bottom-width: 2px; white-space: normal }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
+tbody th { font-weight: 400; max-width: 16rem; white-space: normal; overflow-wrap: anywhere }
+.front th, .front td { font-weight: 650 }
+th button { all: unset; cursor: pointer; font-weight: 600; color: var(--accent) }
+th button:focus-visible { outline: 2px solid var(--accent) }
+[aria-sort=ascending] button::after { content: " \\2191" }
+[aria-sort=descending] button::after { content: " \\2193" }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1.2rem;
+  margin: 0 } dt { font-weight: 600 } dd { margin: 0 }
+pre, blockquote { background: var(--tint); border-radius: 6px; padding: .7rem .9rem; margin: 0;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .88rem }
+blockquote { border-left: 3px solid var(--accent); border-radius: 0 }
+mark { background: var(--mark); color: inherit }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr } body { padding: .5rem .9rem 3rem }
+  tbody th { max-width: 9rem } figure { overflow-x: auto } img { min-width: 40rem } }
+@page { size: A4 landscape; margin: 12mm }
+@media print { :root { --ink: #000; --soft: #444; --paper: #fff; --tint: #f4f6f8; --line: #ccc;
+  --accent: #000; --mark: #fde7b0; color-scheme: light } body { font-size: 11pt; padding: 0 }
+  table { font-size: 8.5pt } .scroll { overflow: visible } figure, tr, pre { break-inside: avoid }
+  h2, h3, h4 { break-after: avoid } img { max-width: 230mm } th:first-child { position: static } }
+"""
+
+SCRIPT = """
+document.querySelectorAll("thead th").forEach((head, column) => {
+  head.querySelector("button").addEventListener("click", () => {
+    const body = head.closest("table").tBodies[0];
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    const key = row => {
+      const cell = row.cells[column];
+      return column ? cell.dataset.v : cell.textContent;
+    };
+    const order = (a, b) => column ? a - b : a.localeCompare(b, undefined, {numeric: true});
+    const rows = [...body.rows].sort((a, b) => {
+      const x = key(a), y = key(b);
+      if (x === "" || y === "") return (x === "") - (y === "");  // not measured: always last
+      return up ? order(x, y) : order(y, x);
+    });
+    body.append(...rows);
+    head.parentNode.querySelectorAll("th").forEach(h => h.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  });
+});
+"""
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="$policy">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<h1>$title</h1>
+<p class="lead">$summary</p>
+<figure>
+<img alt="KL to the full cache against true bits per value; the numbers are in the table below"
+  width="1200" height="800" src="data:image/png;base64,$png">
+<figcaption class="note">Down and to the left is better: less change, fewer bits.$left</figcaption>
+</figure>
+<section>
+<h2>All methods</h2>
+<div class="scroll" tabindex="0">$table</div>
+<p class="note">$setting. Bold: on the Pareto front. Click a heading to sort.</p>
+</section>
+<section>
+<h2>How to read this</h2>
+<dl>$reading</dl>
+</section>
+$samples
+<section>
+<h2>Where the numbers come from</h2>
+$stamp
+</section>
+<script>$script</script>
+</body>
+</html>
+""")
