@@ -40,7 +40,7 @@ def add(subparsers) -> None:
         "--seed", type=int, default=0, help="of rotations and sketches (%(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=4, help="timed rounds of 8 steps per method; 0 skips speed"
+        "--rounds", type=int, default=4, help="timed rounds of 5 steps per method; 0 skips speed"
     )
     parser.add_argument(
         "--samples", metavar="METHOD", help="also continue some text with METHOD and the full cache"

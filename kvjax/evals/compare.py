@@ -44,7 +44,7 @@ class Settings:
     layout: Layout = dataclasses.field(default_factory=Layout)
     seed: int = 0
     rounds: int = 4
-    steps: int = 8
+    steps: int = 5
     sample_method: str | None = None
 
 

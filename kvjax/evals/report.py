@@ -15,11 +15,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -42,9 +45,11 @@ BUDGETS = (2.5, 3.5, 4.5)  # true bits per value that the summary speaks about
 LOWEST_KL = 1e-5  # below this the plot only says "less": it is rounding, not compression
 TICKS = (0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32)  # bits
 
+Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
+
 # family: (colour, marker); the colours are told apart with any colour vision
 FAMILIES = {
-    "bf16": ("#222222", "*"),
+    "bf16": ("#222222", "p"),
     "int": ("#e69f00", "s"),
     "hadamard-int": ("#b5541c", "D"),
     "kivi": ("#009e73", "^"),
@@ -95,16 +100,16 @@ def pareto_png(metrics: Mapping[str, Any]) -> bytes:
     rows = measured(metrics.get("rows") or [])
     figure = Figure(figsize=(12, 8), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.08, 0.09, 0.9, 0.79))
-    figure.text(0.08, 0.945, "What compression costs: KL against bits", size=19, weight="bold")
+    axes = figure.add_axes((0.095, 0.09, 0.885, 0.79))
+    figure.text(0.095, 0.945, "What compression costs: KL against bits", size=19, weight="bold")
     under = f"{one_line(metrics.get('model'))} on {one_line(metrics.get('text'))}"
     windows, context = (fixed(number(metrics, name), 0) for name in ("windows", "context"))
     under = f"{under[:100]}, {windows} windows of {context} tokens, bars ± 1 s.e."
-    figure.text(0.08, 0.905, under, size=13, color="#555555", parse_math=False)
+    figure.text(0.095, 0.905, under, size=13, color="#555555", parse_math=False)
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         if rows:
-            _draw(axes, rows)
+            _draw(axes, canvas, rows)
         else:
             axes.text(0.5, 0.5, "no method has both bits and KL", size=16, ha="center")
             axes.set_axis_off()
@@ -113,7 +118,7 @@ def pareto_png(metrics: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _draw(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw(axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row]) -> None:
     floor = _floor(rows)
     marks = [(bits, max(kl, floor)) for bits, kl in map(point, rows)]
     low, high = _limits(axes, marks, rows, floor)
@@ -127,11 +132,17 @@ def _draw(axes: Axes, rows: Sequence[Row]) -> None:
         if error and math.isfinite(error) and not clipped:
             down = min(error, kl - low)
             axes.errorbar(bits, kl, [[down], [error]], color=colour, capsize=4, lw=1.3, zorder=2)
-        style = {"color": colour, "markeredgecolor": "white", "markeredgewidth": 0.9, "zorder": 3}
-        size = 17 if marker == "*" and not clipped else 11
-        axes.plot(bits, kl, "v" if clipped else marker, markersize=size, **style)
-    _legend(axes, rows, floor)
-    _label(axes, [one_line(row.get("method")) for row in rows], rows, marks, ends)
+        style: dict[str, Any] = {
+            "color": colour,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.9,
+            "zorder": 3,
+        }
+        axes.plot(bits, kl, "v" if clipped else marker, markersize=11, **style)
+    legend = _legend(axes, rows, floor)
+    canvas.draw()
+    left, bottom, right, top = legend.get_window_extent().extents
+    _label(axes, canvas.get_renderer(), rows, marks, ends, (left, bottom, right, top))
 
 
 def _floor(rows: Sequence[Row]) -> float:
@@ -146,10 +157,12 @@ def _limits(axes: Axes, marks, rows, floor: float) -> tuple[float, float]:
     low = floor / 1.5 if any(point(row)[1] < floor for row in rows) else floor
     high = 2.0 * max(*tops, 5 * floor)
     axes.set(xscale="log", yscale="log", ylim=(low, high))
-    axes.set_xlim(min(bits) / 1.13, max(bits) * 1.22)
+    apart = math.sqrt(max(1.0, 2.0 * min(bits) / max(bits)))  # at least an octave
+    left, right = min(bits) / (1.15 * apart), max(bits) * 1.22 * apart
+    axes.set_xlim(left, right)
     axes.set_xlabel("true bits per value (scales, zeros and norms counted)", size=14)
     axes.set_ylabel("KL to the full cache, nats per token", size=14)
-    axes.set_xticks([t for t in TICKS if min(bits) / 1.13 <= t <= max(bits) * 1.22])
+    axes.set_xticks([t for t in TICKS if left <= t <= right])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(numticks=12))
@@ -167,10 +180,10 @@ def _finite(x: float | None) -> float:
     return x if x is not None and math.isfinite(x) else 0.0
 
 
-def _legend(axes: Axes, rows: Sequence[Row], floor: float) -> None:
+def _legend(axes: Axes, rows: Sequence[Row], floor: float) -> Legend:
     present = {family(one_line(row.get("method"))) for row in rows}
     handles = [
-        Line2D([], [], ls="", marker=marker, color=colour, ms=10, mec="white", label=name)
+        Line2D([], [], ls="", marker=marker, color=colour, ms=11, mec="white", label=name)
         for name, (colour, marker) in FAMILIES.items()
         if name in present
     ]
@@ -178,76 +191,106 @@ def _legend(axes: Axes, rows: Sequence[Row], floor: float) -> None:
     if any(point(row)[1] < floor for row in rows):
         below = f"KL below {floor:g}, drawn there"
         handles.append(Line2D([], [], ls="", marker="v", color="#555555", ms=10, label=below))
-    axes.legend(handles=handles, loc="upper right", fontsize=12.5, framealpha=0.95)
+    return axes.legend(handles=handles, loc="best", fontsize=12.5, framealpha=0.95)
 
 
-def _label(axes: Axes, names, rows, marks, ends) -> None:
-    """Puts each name where it covers the least: greedy, from the crowded points outwards."""
-    renderer = axes.figure.canvas.get_renderer()
-    axes.figure.canvas.draw()
-    pixels = [tuple(axes.transData.transform(mark)) for mark in marks]
-    legend = axes.get_legend().get_window_extent(renderer)
-    taken = [tuple(legend.extents)] + [_around(x, y, 9, 9) for x, y in pixels]
+def _label(axes: Axes, renderer, rows: Sequence[Row], marks, ends, legend: Box) -> None:
+    """Puts each name where it covers the least: greedy, then twice more knowing all the others."""
+    names = [one_line(row.get("method")) for row in rows]
+    to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
+    pixels = [tuple(to_pixels(mark)) for mark in marks]
+    fixed_boxes = [legend, *(_around(x, y, 9, 9) for x, y in pixels)]
     for row, (bits, kl), (x, _) in zip(rows, marks, pixels, strict=True):
         error = _finite(number(row, "kl_se"))
-        top = axes.transData.transform((bits, kl + error))[1]
-        bottom = axes.transData.transform((bits, max(kl - error, axes.get_ylim()[0])))[1]
-        taken.append((x - 5, bottom, x + 5, top))
-    line = [tuple(axes.transData.transform(end)) for end in ends]
-    frame = tuple(axes.get_window_extent(renderer).extents)
-    near = [sum(math.dist(a, b) < 120 for b in pixels) for a in pixels]
-    for i in sorted(range(len(marks)), key=lambda i: -near[i]):
-        colour, _ = FAMILIES[family(names[i])]
-        short = names[i] if len(names[i]) <= 40 else f"{names[i][:19]}…{names[i][-19:]}"
-        text = axes.annotate(
-            short,
-            marks[i],
-            (0, 0),
-            textcoords="offset pixels",
-            size=12,
-            color=colour if colour != "#8a8a8a" else "#555555",
-            va="center",
-            parse_math=False,
-            zorder=4,
+        low = max(kl - error, axes.get_ylim()[0])
+        fixed_boxes.append(
+            (x - 5, to_pixels((bits, low))[1], x + 5, to_pixels((bits, kl + error))[1])
         )
-        wide, tall = text.get_window_extent(renderer).size
-        (dx, dy), placed = _place(pixels[i], wide, tall, taken, line, frame)
-        text.set_position((dx, dy))
-        if math.hypot(max(dx, -dx - wide, 0), dy) > 26:  # far from its point: lead back to it
-            foot = (min(max(pixels[i][0], placed[0]), placed[2]), pixels[i][1] + dy)
-            inverse = axes.transData.inverted().transform
-            axes.plot(*zip(marks[i], inverse(foot), strict=True), color=colour, lw=0.7, zorder=1.5)
-        taken.append(placed)
+    line = [tuple(to_pixels(end)) for end in ends]
+    steps = [box for a, b in itertools.pairwise(line) for box in _steps(a, b)]
+    frame = tuple(axes.get_window_extent(renderer).extents)
+    texts = [_text_at(axes, name, mark) for name, mark in zip(names, marks, strict=True)]
+    sizes = [text.get_window_extent(renderer).size for text in texts]
+    near = [sum(math.dist(a, b) < 120 for b in pixels) for a in pixels]
+    order = sorted(range(len(marks)), key=lambda i: -near[i])
+    spots: dict[int, _Spot] = {}
+    for i in order * 3:
+        others = [spot for n, spot in spots.items() if n != i]
+        spots[i] = _place(pixels[i], sizes[i], pixels, fixed_boxes, others, steps, frame)
+    for i, spot in spots.items():
+        texts[i].set_position((spot.box[0] + 2 - pixels[i][0], spot.middle - pixels[i][1]))
+        if spot.leader:
+            points = zip(marks[i], to_data(spot.leader[-1]), strict=True)
+            axes.plot(*points, color=texts[i].get_color(), lw=0.8, zorder=1.5)
 
 
-def _place(at, wide, tall, taken, line, frame):
-    """The cheapest (offset, box) for a text of `wide` x `tall` pixels near the point `at`."""
-    best, pieces = None, [box for a, b in itertools.pairwise(line) for box in _steps(a, b)]
+def _text_at(axes: Axes, name: str, mark):
+    short = name if len(name) <= 40 else f"{name[:19]}…{name[-19:]}"
+    shade = tuple(0.72 * channel for channel in to_rgb(FAMILIES[family(name)][0]))
+    style: dict[str, Any] = {"size": 12, "color": shade, "va": "center", "parse_math": False}
+    return axes.annotate(short, mark, (0, 0), textcoords="offset pixels", zorder=4, **style)
+
+
+class _Spot(NamedTuple):
+    """Where a name goes, in pixels: its box, and points along the line back to its mark."""
+
+    box: Box
+    leader: list[tuple[float, float]]
+
+    @property
+    def middle(self) -> float:
+        return (self.box[1] + self.box[3]) / 2
+
+
+def _place(at, size, pixels, fixed_boxes, others: Sequence[_Spot], steps, frame) -> _Spot:
+    """The cheapest spot for a name of `size` pixels near the point `at`."""
+    (wide, tall), spots = size, []
     shifts = [0, 14, -14, 22, -22, 34, -34, 48, -48, 64, -64, 82, -82, 102, -102]
-    for dy, side in itertools.product(shifts, (14, -14 - wide, -wide / 2, 30, -30 - wide)):
-        x, y = at[0] + side, at[1] + dy
+    names = np.array([spot.box for spot in others])
+    blocked = np.array([*fixed_boxes, *(spot.box for spot in others)])
+    threads = [_around(*dot, 4, 4) for spot in others for dot in spot.leader]
+    crossed = np.array([*steps, *threads])
+    for dy, dx in itertools.product(shifts, (14, -14 - wide, -wide / 2, 30, -30 - wide)):
+        x, y = at[0] + dx, at[1] + dy
         box = (x - 2, y - tall / 2 - 1, x + wide + 2, y + tall / 2 + 1)
-        cost = sum(_overlap(box, other) for other in taken) * 2.0
-        cost += sum(_overlap(box, piece) for piece in pieces)
-        cost += 10 * (wide * tall - _overlap((x, y - tall / 2, x + wide, y + tall / 2), frame))
-        cost += 1.2 * abs(dy) + 0.3 * abs(side + wide / 2)
-        if best is None or cost < best[0]:
-            best = (cost, (side, dy), box)
-    return best[1:]
+        spot = _Spot(box, _leader(at, box))
+        cost = 2.0 * _covered(box, blocked) + _covered(box, crossed)
+        cost += _covered([_around(*dot, 4, 4) for dot in spot.leader[2:]], names)
+        cost += 10 * ((wide + 4) * (tall + 2) - _covered(box, frame))
+        cost += 1.2 * abs(dy) + 0.3 * abs(dx + wide / 2)
+        here = math.dist(at, _nearest(at, box))
+        cost += 120 * sum(math.dist(p, _nearest(p, box)) < here + 8 for p in pixels if p != at)
+        spots.append((cost, spot))
+    return min(spots, key=lambda scored: scored[0])[1]
 
 
-def _around(x, y, w, h):
+def _nearest(at, box: Box) -> tuple[float, float]:
+    """The point of a name, less its margin, that is nearest to a mark."""
+    return min(max(at[0], box[0] + 2), box[2] - 2), min(max(at[1], box[1] + 2), box[3] - 2)
+
+
+def _leader(at, box: Box) -> list[tuple[float, float]]:
+    """Points from the mark to the nearest edge of its name; none where they are close."""
+    x, y = _nearest(at, box)
+    if math.dist(at, (x, y)) < 22:
+        return []
+    return [(at[0] + k / 8 * (x - at[0]), at[1] + k / 8 * (y - at[1])) for k in range(9)]
+
+
+def _around(x: float, y: float, w: float, h: float) -> Box:
     return (x - w, y - h, x + w, y + h)
 
 
-def _steps(a, b):
+def _steps(a, b) -> tuple[Box, Box]:
     """The step from a to b, flat and then down, as two thin boxes."""
     return (a[0], a[1] - 2, b[0], a[1] + 2), (b[0] - 2, min(a[1], b[1]), b[0] + 2, max(a[1], b[1]))
 
 
-def _overlap(a, b) -> float:
-    wide, tall = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return wide * tall if wide > 0 and tall > 0 else 0.0
+def _covered(boxes, others) -> float:
+    """Square pixels that boxes `[m, 4]` or one box share with `others`, `[n, 4]`, summed."""
+    a, b = np.reshape(boxes, (-1, 1, 4)), np.reshape(others, (1, -1, 4))
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    return float(sides.clip(0).prod(-1).sum())
 
 
 def report_html(metrics: Mapping[str, Any], png: bytes) -> str:
@@ -280,7 +323,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
     number_of = f"{len(rows)} method{'' if len(rows) == 1 else 's'}"
     windows, context = (fixed(number(metrics, name), 0) for name in ("windows", "context"))
     parts = [
-        f"{number_of} of compressing the cache of {_text(metrics.get('model'))}, compared on "
+        f"{number_of} for compressing the cache of {_text(metrics.get('model'))}, compared on "
         f"{_text(metrics.get('text'))} ({windows} windows of {context} tokens) by how far the "
         "predictions move from those with the full cache (KL; 0 is no change)."
     ]
@@ -302,27 +345,25 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 def _pick(best: Row, budget: float, rows: Sequence[Row]) -> str:
     facts = [f"{fixed(point(best)[0])} bits", f"KL {kl_text(best)}"]
-    facts += [f"{name} {cell}" for name, cell in _cells(best, "top-1 %", "ppl") if cell != DASH]
-    facts += [f"a cache {cell} of bf16" for _, cell in _cells(best, "of bf16") if cell != DASH]
+    words = {"ppl": "perplexity {}", "top-1 %": "the same top token {} % of the time"}
+    words["of bf16"] = "a cache {} the size of bf16"
+    cells = [(words.get(c.header), c.show(best)) for c in COLUMNS]
+    facts += [word.format(cell) for word, cell in cells if word and cell != DASH]
     said = (
         f"Up to {budget} bits per value, <strong>{_text(best.get('method'))}</strong> is on the "
         f"Pareto front with the lowest KL ({', '.join(facts)})"
     )
     peers = [row for row in measured(rows) if row is not best and point(row)[0] <= budget]
-    peers = [_text(row.get("method")) for row in peers if _told_apart(row, best) is False]
-    return f"{said}; {', '.join(peers)} cannot be told from it by KL." if peers else f"{said}."
-
-
-def _cells(row: Row, *headers: str) -> list[tuple[str, str]]:
-    return [(c.header, c.show(row)) for c in COLUMNS if c.header in headers]
+    same = ", ".join(_text(r.get("method")) for r in peers if _told_apart(r, best) is False)
+    return f"{said}; {same} cannot be told from it by KL." if same else f"{said}."
 
 
 def _told_apart(a: Row, b: Row) -> bool | None:
     """Whether two KLs differ by over two standard errors of their difference; None: unknown."""
-    errors = number(a, "kl_se"), number(b, "kl_se")
-    if None in errors:
+    error, other = number(a, "kl_se"), number(b, "kl_se")
+    if error is None or other is None:
         return None
-    return abs(point(a)[1] - point(b)[1]) > 2 * math.hypot(*errors)
+    return abs(point(a)[1] - point(b)[1]) > 2 * math.hypot(error, other)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -464,7 +505,8 @@ th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line) }
 thead th { vertical-align: bottom; border-bottom-width: 2px; white-space: normal }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
-tbody th { font-weight: 400; max-width: 16rem; white-space: normal; overflow-wrap: anywhere }
+tbody th { font-weight: 400; min-width: 11.5rem; max-width: 16rem;
+  white-space: normal; overflow-wrap: anywhere }
 .front th, .front td { font-weight: 650 }
 th button { all: unset; cursor: pointer; font-weight: 600; color: var(--accent) }
 th button:focus-visible { outline: 2px solid var(--accent) }
@@ -478,12 +520,13 @@ blockquote { border-left: 3px solid var(--accent); border-radius: 0 }
 mark { background: var(--mark); color: inherit }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr } body { padding: .5rem .9rem 3rem }
-  tbody th { max-width: 9rem } figure { overflow-x: auto } img { min-width: 40rem } }
+  tbody th { min-width: 8.6rem } figure { overflow-x: auto } img { min-width: 40rem } }
 @page { size: A4 landscape; margin: 12mm }
 @media print { :root { --ink: #000; --soft: #444; --paper: #fff; --tint: #f4f6f8; --line: #ccc;
-  --accent: #000; --mark: #fde7b0; color-scheme: light } body { font-size: 11pt; padding: 0 }
+  --accent: #000; --mark: #fde7b0; color-scheme: light } body { font-size: 10pt; padding: 0 }
   table { font-size: 8.5pt } .scroll { overflow: visible } figure, tr, pre { break-inside: avoid }
-  h2, h3, h4 { break-after: avoid } img { max-width: 230mm } th:first-child { position: static } }
+  h2, h3, h4 { break-after: avoid } img { max-width: 145mm } p { max-width: none }
+  .screen { display: none } th:first-child { position: static } }
 """
 
 SCRIPT = """
@@ -528,7 +571,8 @@ PAGE = Template("""<!doctype html>
 <section>
 <h2>All methods</h2>
 <div class="scroll" tabindex="0">$table</div>
-<p class="note">$setting. Bold: on the Pareto front. Click a heading to sort.</p>
+<p class="note">$setting. Bold: on the Pareto front.
+<span class="screen">Click a heading to sort.</span></p>
 </section>
 <section>
 <h2>How to read this</h2>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from kvjax.models.tokenizer import Tokenizer
 def read_text(path: str | None) -> tuple[str, str]:
     """A name for the text, with a short hash, and the text.
 
-    None is the language reference in `pydoc_data.topics`: English prose, on every machine that
-    has Python, though its wording moves with the Python version.
+    None is the prose of the language reference in `pydoc_data.topics`: on every machine that has
+    Python, though its wording moves with the Python version.
 
     Raises:
       InputError: a file that is missing, empty or not UTF-8.
@@ -23,8 +24,8 @@ def read_text(path: str | None) -> tuple[str, str]:
     if path is None:
         from pydoc_data.topics import topics
 
-        text = "\n\n".join(topics[name].strip() for name in sorted(topics))
-        return _named("pydoc_data.topics", text), text
+        text = "\n\n".join(_prose("\n\n".join(topics[name] for name in sorted(topics))))
+        return _named("prose of pydoc_data.topics", text), text
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
@@ -43,6 +44,18 @@ def read_text(path: str | None) -> tuple[str, str]:
             f"text {path}", got="no text", expected="some prose", fix="choose another file"
         )
     return _named(Path(path).name, text), text
+
+
+def _prose(text: str) -> Iterator[str]:
+    """Paragraphs that are sentences: no code, tables or lists; each once, on one line."""
+    seen = set()
+    for paragraph in text.split("\n\n"):
+        line = " ".join(paragraph.split())
+        plain = sum(c.isalpha() or c in " ,.;'()-" for c in line)
+        sentences = line.endswith(".") and line[:1].isupper() and len(line) > 150
+        if sentences and paragraph[:1] != " " and plain > 0.95 * len(line) and line not in seen:
+            seen.add(line)
+            yield line
 
 
 def _named(name: str, text: str) -> str:

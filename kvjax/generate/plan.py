@@ -62,8 +62,10 @@ def make_plan(config: ModelConfig, method: Method | Sequence[Method]) -> Plan:
     return Plan(tuple(stack(run) for run in runs), (True,) * len(runs), runs, config)
 
 
-def init_caches(plan: Plan, *, batch: int, capacity: int) -> tuple[Cache, ...]:
-    """Empty caches, one per run of layers.
+def init_caches(
+    plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16
+) -> tuple[Cache, ...]:
+    """Empty caches, one per run of layers; `dtype` is that of their exact windows.
 
     Raises:
       InputError: a capacity beyond the model's positions.
@@ -76,17 +78,19 @@ def init_caches(plan: Plan, *, batch: int, capacity: int) -> tuple[Cache, ...]:
             expected=f"at most the {config.max_positions} positions of {config.name}",
             fix="use a shorter context, or a model with more positions",
         )
+    one = lambda method, stacked: jax.tree.map(lambda a: a[0], method) if stacked else method
     return tuple(
         init(
-            method,
+            one(method, stacked),
             capacity=capacity,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             batch=batch,
             layers=run.length,
             window=run.window,
+            dtype=dtype,
         )
-        for method, run in zip(plan.methods, plan.runs, strict=True)
+        for method, stacked, run in zip(plan.methods, plan.stacked, plan.runs, strict=True)
     )
 
 

@@ -1,0 +1,159 @@
+"""Models over compressed caches: exact where the cache is, one program, ragged batches."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import Layout, Method
+from kvjax.codecs import Dense
+from kvjax.core.errors import InputError
+from kvjax.generate import (
+    advance,
+    check_finite,
+    forward_block,
+    generate,
+    init_caches,
+    make_plan,
+    prepare_params,
+    start,
+    step,
+)
+from kvjax.models.causal import forward
+from kvjax.models.decoder import logits
+from kvjax.models.load import load
+
+TINY = Path(__file__).parents[1] / "models" / "tiny"
+LAYOUT = Layout(sink=2, recent=16, page=16)
+EXACT = Method(Dense(jnp.float32), Dense(jnp.float32), LAYOUT)
+
+
+def roomy(model):
+    """With positions enough for these tests."""
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, max_positions=2048))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return roomy(load(TINY / "llama"))
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return roomy(load(TINY / "gemma3"))
+
+
+def tokens_for(model, *shape):
+    return jax.random.randint(jax.random.key(7), shape, 3, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_exact_cache_is_the_model(arch, llama, gemma):
+    """Prefill in blocks, then single steps; Gemma has local layers with a window of their own."""
+    model = llama if arch == "llama" else gemma
+    tokens = tokens_for(model, 2, 100)
+    plan = make_plan(model.config, EXACT)
+    caches = init_caches(plan, batch=2, capacity=100, dtype=jnp.float32)
+    run = jax.jit(forward_block)
+    got = []
+    for begin, end in [
+        *((i, i + 16) for i in range(0, 80, 16)),
+        *((i, i + 1) for i in range(80, 100)),
+    ]:
+        hidden, caches, finite = run(plan, model.params, caches, tokens[:, begin:end])
+        got.append(logits(model.params, model.config, hidden))
+        assert finite.all()
+    expected = forward(model.params, model.config, tokens)
+    np.testing.assert_allclose(jnp.concatenate(got, 1), expected, atol=2e-5)
+
+
+def test_whole_generation_equals_single_steps(llama):
+    method = kvjax.methods.get("turboquant-3", llama.config.head_dim, layout=LAYOUT)
+    plan = make_plan(llama.config, method)
+    prompts = [tokens_for(llama, 60).tolist(), tokens_for(llama, 37).tolist()]
+    whole, _ = generate(plan, llama.params, prompts, max_new=24)
+    state = start(plan, llama.params, prompts, max_new=24)
+    single = [np.asarray(state.token)]
+    for _ in range(23):
+        state = step(plan, llama.params, state)
+        single.append(np.asarray(state.token))
+    np.testing.assert_array_equal(whole, np.stack(single, 1))
+
+
+def test_ragged_batch_equals_each_alone(llama):
+    method = kvjax.methods.get("turboquant-prod-3", llama.config.head_dim, layout=LAYOUT)
+    plan = make_plan(llama.config, method)
+    prompts = [tokens_for(llama, n).tolist() for n in (90, 41, 5)]
+    together, _ = generate(plan, llama.params, prompts, max_new=16)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone, _ = generate(plan, llama.params, [prompt], max_new=16)
+        np.testing.assert_array_equal(row, alone[0])
+
+
+def test_a_generation_compiles_the_step_once(llama):
+    plan = make_plan(llama.config, kvjax.methods.get("int4", llama.config.head_dim, layout=LAYOUT))
+    state = start(plan, llama.params, [tokens_for(llama, 5).tolist()], max_new=200)
+    before = step._cache_size()
+    for _ in range(199):
+        state = step(plan, llama.params, state)
+    assert step._cache_size() - before == 1
+    assert int(state.caches[0].packed.max()) == LAYOUT.packed_pages(204)
+
+
+def test_step_keeps_the_caches_in_place(llama):
+    plan = make_plan(llama.config, kvjax.methods.get("int2", llama.config.head_dim, layout=LAYOUT))
+    state = start(plan, llama.params, [tokens_for(llama, 5).tolist()], max_new=1000)
+    compiled = jax.jit(advance, donate_argnums=2).lower(plan, llama.params, state).compile()
+    held = sum(kvjax.cache_bytes(cache) for cache in state.caches)
+    assert compiled.memory_analysis().alias_size_in_bytes >= held
+
+
+def test_sampling_follows_its_key(llama):
+    plan = make_plan(llama.config, kvjax.methods.get("int8", llama.config.head_dim, layout=LAYOUT))
+    prompt = [tokens_for(llama, 9).tolist()]
+    draw = lambda seed: np.asarray(
+        generate(plan, llama.params, prompt, max_new=20, rng=jax.random.key(seed), temperature=2.0)[
+            0
+        ]
+    )
+    np.testing.assert_array_equal(draw(1), draw(1))
+    assert (draw(1) != draw(2)).any()
+
+
+def test_one_method_per_layer(llama):
+    names = ["int8", "turboquant-2", "turboquant-2"][: llama.config.layers]
+    names += ["turboquant-2"] * (llama.config.layers - len(names))
+    methods = [
+        kvjax.methods.get(name, llama.config.head_dim, layout=LAYOUT, seed=i)
+        for i, name in enumerate(names)
+    ]
+    plan = make_plan(llama.config, methods)
+    assert [run.length for run in plan.runs] == [1, llama.config.layers - 1]
+    params = prepare_params(plan, llama.params)
+    tokens, _ = generate(plan, params, [tokens_for(llama, 50).tolist()], max_new=4)
+    assert tokens.shape == (1, 4)
+    with pytest.raises(InputError, match=r"methods: got 1 of them; expected one for each"):
+        make_plan(llama.config, methods[:1])
+
+
+def test_nan_names_its_layer(llama):
+    last = llama.config.layers - 1
+    broken = llama.params.runs[0].replace(wv=llama.params.runs[0].wv.at[last].set(jnp.nan))
+    params = llama.params.replace(runs=(broken,))
+    plan = make_plan(llama.config, kvjax.methods.get("int8", llama.config.head_dim, layout=LAYOUT))
+    state = start(plan, params, [[5, 6, 7]], max_new=4)
+    with pytest.raises(InputError, match=rf"layer {last}: got NaN or infinity in its values"):
+        check_finite(state.finite)
+
+
+def test_prompts_that_do_not_fit(llama):
+    plan = make_plan(llama.config, kvjax.methods.get("int8", llama.config.head_dim, layout=LAYOUT))
+    with pytest.raises(InputError, match="prompt: got no tokens"):
+        start(plan, llama.params, [[]], max_new=4)
+    long = [3] * llama.config.max_positions
+    with pytest.raises(InputError, match="the model's positions; shorten the prompt"):
+        start(plan, llama.params, [long], max_new=4)
