@@ -6,6 +6,7 @@ from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
 from kvjax.core.partial import Partial
+from kvjax.methods.describe import describe
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "attend",
     "cache_bytes",
     "codecs",
+    "describe",
     "extend",
     "fork",
     "init",

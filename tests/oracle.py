@@ -37,7 +37,10 @@ def min_max(x, bits, *, axis, group=None, clip=1.0, symmetric=False, scale_dtype
     x = np.asarray(x, np.float64)
     codes, decoded = np.zeros(x.shape, int), np.zeros(x.shape)
     scales, zeros = [], []
-    stored = lambda a: float(np.asarray(a, scale_dtype)) if scale_dtype else float(a)
+
+    def stored(a):
+        return float(np.asarray(a, scale_dtype))
+
     for index in groups_of(x.shape, axis, group):
         part = x[index]
         levels = 2**bits - 1
@@ -74,12 +77,14 @@ def lloyd_max(d: int | None, bits: int) -> tuple[np.ndarray, float]:
     """
     nodes, weights = np.polynomial.legendre.leggauss(40)
     reach = 12.0 if d is None else 1.0
-    if d is None:
-        density = lambda x: np.exp(-(x**2) / 2)
-    else:
-        density = lambda x: np.maximum(1 - x**2, 0) ** ((d - 3) / 2)
+
+    def density(x):
+        return np.exp(-(x**2) / 2) if d is None else np.maximum(1 - x**2, 0) ** ((d - 3) / 2)
+
     spread = 1 if d is None else 1 / math.sqrt(d)
-    levels = spread * np.linspace(-2.5, 2.5, 2**bits) if bits > 1 else spread * np.array([-0.8, 0.8])
+    levels = (
+        spread * np.linspace(-2.5, 2.5, 2**bits) if bits > 1 else spread * np.array([-0.8, 0.8])
+    )
 
     def moments(levels):
         edges = np.concatenate([[-reach], (levels[1:] + levels[:-1]) / 2, [reach]])
@@ -163,7 +168,9 @@ def cache_attention(
         seen = slice(first, t + 1)
         for h in range(q.shape[1]):
             for g in range(q.shape[2]):
-                out[t, h, g] = softmax_attention(q[t, h, g], known_k[seen, h], known_v[seen, h], scale)
+                out[t, h, g] = softmax_attention(
+                    q[t, h, g], known_k[seen, h], known_v[seen, h], scale
+                )
     return out
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from kvjax.attention.page_scan import page_scan
 from kvjax.cache.pages import overflow, page_slots, read_chunk
+from kvjax.cache.shapes import check_shapes
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
 from kvjax.core.method import Method
@@ -41,6 +42,7 @@ def attend(
       >>> kvjax.attend(method, cache, kv[:, :, None]).shape
       (1, 2, 1, 64)
     """
+    check_shapes(cache, layer, q=q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     position = cache.length[layer] - 1  # [b]
     boundary = method.layout.sink + method.layout.page * cache.packed[layer]

@@ -72,7 +72,7 @@ def init(
       window: sliding attention window; the cache then keeps only the pages that it can reach.
       dtype: of the exact sink and recent window.
     Raises:
-      InputError: head_dim or page that the method's codecs do not take; a capacity under 1.
+      InputError: head_dim or page that the method's codecs do not take; a capacity or window under 1.
 
     Example:
       >>> import kvjax
@@ -84,6 +84,8 @@ def init(
     method.check(head_dim)
     if capacity < 1:
         raise InputError("capacity", got=capacity, expected="1 or more", fix="raise it")
+    if window is not None and window < 1:
+        raise InputError("window", got=window, expected="1 or more", fix="None sees all")
     layout = method.layout
     slots = layout.sink + layout.ring
     n = layout.page_slots(capacity, window)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.attend import attend_rows
 from kvjax.cache.pages import write_page
+from kvjax.cache.shapes import check_shapes
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
@@ -41,7 +42,7 @@ def append(
       InputError: shapes that differ from the cache's; outside jit also a full cache (under jit
         its attention reads as NaN).
     """
-    _check_shapes(cache, k[:, None], v[:, None])
+    check_shapes(cache, layer, k=k, v=v)
     layout = method.layout
     active = jnp.ones(k.shape[0], bool) if active is None else active
     position = cache.length[layer]
@@ -115,7 +116,7 @@ def extend(
       InputError: shapes that differ from the cache's; a block longer than a page where the cache
         keeps a sliding window only.
     """
-    _check_shapes(cache, k, v)
+    check_shapes(cache, layer, tokens=k.shape[1:2], q=q, k=k, v=v)
     layout = method.layout
     b, t, h, g, d = q.shape
     if cache.window is not None and t > layout.page:
@@ -250,22 +251,6 @@ def _slot_positions(layout: Layout, cache: Cache, length: Array) -> Array:
     empty = (last < 0) | (recent < layout.sink)
     sink, recent = jnp.where(sink < length[:, None], sink, -1), jnp.where(empty, -1, recent)
     return jnp.concatenate([sink, recent], 1).astype(jnp.int32)
-
-
-def _check_shapes(cache: Cache, k: Array, v: Array) -> None:
-    _, b, h, _, d = cache.window_key.shape
-    for name, a in (("k", k), ("v", v)):
-        if a.ndim != 4 or (a.shape[0], *a.shape[2:]) != (b, h, d):
-            raise InputError(
-                name,
-                got=f"shape {a.shape} (with its token axis)",
-                expected=f"batch {b}, KV heads {h}, head_dim {d}",
-                fix="reshape it, or make the cache for these sizes",
-            )
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            raise InputError(
-                name, got=a.dtype, expected="a floating dtype", fix="cast it before appending"
-            )
 
 
 def _check_room(cache: Cache) -> None:

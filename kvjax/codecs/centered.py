@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from kvjax.core.codec import Acc, Array, Code, Codec, Prepared
+from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree
 
 
@@ -23,6 +24,16 @@ class Centered(Codec):
 
     mean: Array
     inner: Codec
+
+    def check(self, head_dim: int, page: int) -> None:
+        if self.mean.shape[-1] != head_dim:
+            raise InputError(
+                "mean",
+                got=f"{self.mean.shape[-1]} channels",
+                expected=f"{head_dim}",
+                fix="use the mean of vectors of this head_dim",
+            )
+        self.inner.check(head_dim, page)
 
     def encode(self, x: Array, positions: Array | None = None) -> Code:
         return self.inner.encode(x.astype(jnp.float32) - self.mean, positions)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.codecs.lloyd_max import lloyd_max
 from kvjax.codecs.uniform import check_page
@@ -49,6 +51,15 @@ class Codebook(Codec):
                 got=f"{self.levels.shape[-1]} levels",
                 expected=f"{2**self.bits} for {self.bits} bits",
                 fix="make it with Codebook.lloyd_max",
+            )
+        if isinstance(self.levels, jax.core.Tracer):
+            return
+        if not np.allclose(self.levels, -self.levels[..., ::-1]):
+            raise InputError(
+                "codebook",
+                got=f"levels from {float(self.levels.min())} to {float(self.levels.max())}",
+                expected="levels symmetric about 0",
+                fix="make it with Codebook.lloyd_max, or centre the data first",
             )
 
     def transpose_planes(self) -> Codebook:

@@ -23,8 +23,8 @@ def lloyd_max(d: int | None, bits: int) -> tuple[float, ...]:
       bits: 1 to 8.
 
     Example:
-      >>> [round(c * 64**0.5, 4) for c in lloyd_max(64, 2)]
-      [-1.4999, -0.4521, 0.4521, 1.4999]
+      >>> [round(c * 64**0.5, 3) for c in lloyd_max(64, 2)]
+      [-1.5, -0.452, 0.452, 1.5]
     """
     if d is not None and d < 2:
         raise InputError("dimension", got=d, expected="2 or more", fix="a scalar has no direction")

@@ -64,8 +64,14 @@ class Uniform(Codec):
 
     def __post_init__(self):
         object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
-        if not 1 <= self.bits <= 8:
-            raise InputError("bits", got=self.bits, expected="1 to 8", fix="choose such a width")
+        if self.bits not in planes.PLANES:
+            raise InputError(
+                "bits", got=self.bits, expected="a whole number, 1 to 8", fix="choose such a width"
+            )
+        if self.group is not None and self.group < 1:
+            raise InputError(
+                "group", got=self.group, expected="1 or more, or None", fix="None takes all"
+            )
         if self.axis not in ("channels", "tokens"):
             raise InputError(
                 "axis", got=self.axis, expected="'channels' or 'tokens'", fix="name one of them"

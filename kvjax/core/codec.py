@@ -70,7 +70,7 @@ class Codec:
         return [(name, value) for name, value in fields if isinstance(value, Codec)]
 
     def transpose_planes(self) -> Codec:
-        """The same codec with its words kept transposed, `[d, R]`, as GPU kernels want of values."""
+        """The same codec with words kept transposed, `[d, R]`, as GPU kernels want of values."""
         children = {name: child.transpose_planes() for name, child in self.children()}
         return dataclasses.replace(self, **children)
 

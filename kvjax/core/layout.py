@@ -48,6 +48,10 @@ class Layout:
                 expected="sink and recent of 0 or more, page and encode_batch of 1 or more",
                 fix="choose such sizes",
             )
+        if self.pool is not None and self.pool < 1:
+            raise InputError(
+                "pool", got=self.pool, expected="1 or more pages, or None", fix="None is contiguous"
+            )
         if self.recent % self.page:
             raise InputError(
                 "recent",

@@ -62,9 +62,7 @@ def make_plan(config: ModelConfig, method: Method | Sequence[Method]) -> Plan:
     return Plan(tuple(stack(run) for run in runs), (True,) * len(runs), runs, config)
 
 
-def init_caches(
-    plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16
-) -> tuple[Cache, ...]:
+def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) -> tuple[Cache, ...]:
     """Empty caches, one per run of layers; `dtype` is that of their exact windows.
 
     Raises:

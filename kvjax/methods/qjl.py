@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from kvjax.codecs import QJL, Outliers, Uniform
+from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.rng import fold
 
@@ -33,6 +34,13 @@ def qjl(
       'qjl'
     """
     rest = head_dim - outliers
+    if outliers < 1 or rest < 1:
+        raise InputError(
+            "head_dim",
+            got=f"{head_dim} with {outliers} outlier channels",
+            expected="at least one outlier and one other channel",
+            fix="choose fewer outliers",
+        )
     key = Outliers(
         QJL.random(outliers, rng=fold(rng, "sketch", "outliers"), rows=head_dim),
         QJL.random(rest, rng=fold(rng, "sketch", "rest"), rows=rows_per_channel * head_dim),

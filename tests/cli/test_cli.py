@@ -128,7 +128,7 @@ def test_sizes_that_do_not_fit(capsys, folder, text):
     assert "multiple of 16" in fails(
         capsys, "compare", *model, "--page", 18, "--recent", 18, "--context", 64
     )
-    assert "multiple of 16" in fails(capsys, "compare", *model, "--context", 97)
+    assert "multiple of 16" in fails(capsys, "compare", *model, "--context", 257)
     assert "--context" in fails(capsys, "compare", *model, "--context", 0)
     assert "divisor" in fails(
         capsys, "compare", *model, "--methods", "kivi-2", "--page", 16, "--context", 64
