@@ -72,7 +72,7 @@ def _chunk_logits(key: Codec, prepared, chunk: Chunk, visible) -> Array:
 
 
 def _sum_pages(acc: Acc) -> Acc:
-    """`[b, h, c, r, ...] -> [b, h, r, ...]`; XLA reduces middle axes 40 times slower than it adds."""
+    """`[b, h, c, r, ...] -> [b, h, r, ...]`, by adds: XLA is 40 times slower on a middle axis."""
     return jax.tree.map(
         lambda a: functools.reduce(operator.add, (a[:, :, i] for i in range(a.shape[2]))), acc
     )

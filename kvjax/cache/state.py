@@ -72,7 +72,7 @@ def init(
       window: sliding attention window; the cache then keeps only the pages that it can reach.
       dtype: of the exact sink and recent window.
     Raises:
-      InputError: head_dim or page that the method's codecs do not take; a capacity or window under 1.
+      InputError: head_dim or page that the method does not take; capacity or window under 1.
 
     Example:
       >>> import kvjax
