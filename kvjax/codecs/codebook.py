@@ -54,10 +54,11 @@ class Codebook(Codec):
             )
         if isinstance(self.levels, jax.core.Tracer):
             return
-        if not np.allclose(self.levels, -self.levels[..., ::-1]):
+        levels = np.asarray(self.levels)
+        if not np.allclose(levels, -levels[..., ::-1]):
             raise InputError(
                 "codebook",
-                got=f"levels from {float(self.levels.min())} to {float(self.levels.max())}",
+                got=f"levels from {levels.min()} to {levels.max()}",
                 expected="levels symmetric about 0",
                 fix="make it with Codebook.lloyd_max, or centre the data first",
             )
