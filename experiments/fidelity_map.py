@@ -4,8 +4,9 @@ Question: KL to the full cache against true bits per value, for the published re
 Command:  python experiments/fidelity_map.py --config=configs/fidelity_map.py --text=FILE
           (a tiny run, one minute: --config=configs/fidelity_map.py:tiny)
 Cost:     about 25 s per method and window of 2048 tokens on two CPU cores.
-Expected: SmolLM2-135M, windows 4 / 64: turboquant-2 about 0.09, turboquant-3 about 0.018,
-          kivi-2 about 0.09, hadamard-int2 about 0.5, int2 about 1.8 (see docs/results-log.md).
+Expected: near a fake-quantized study with other texts (SmolLM2-135M, windows 4 / 64): turboquant-2
+          0.09, turboquant-3 0.018, kivi-2 0.09, hadamard-int2 0.5, int2 1.8. Only the tiny variant
+          has been run with this program so far.
 
 Writes config.json, stamp.json, metrics.json, metrics.jsonl (a line per method), pareto.png and
 report.html into `config.out`.
