@@ -34,8 +34,9 @@ class Normalized(Codec):
         least_squares:  |x| <u, u_hat> / |u_hat|^2 (smallest squared error)
 
     Lloyd-Max reconstructions are too short by their distortion D; what to do about it depends on
-    the side, so it is a choice. A scale beyond the range of `scale_dtype` (65504 for float16) becomes
-    infinite and reads as NaN: use "float32" for such data.
+    the side, so it is a choice. A scale
+    beyond the range of `scale_dtype` (65504 for float16) becomes infinite and reads as NaN: use
+    "float32" for such data.
 
     Source: TurboQuant stores the norm (arXiv 2504.19874); unbiased gain: arXiv 2604.18555.
     """
