@@ -3,31 +3,44 @@
 from kvjax.codecs.centered import Centered
 from kvjax.codecs.codebook import Codebook
 from kvjax.codecs.dense import Dense
+from kvjax.codecs.e8 import E8
+from kvjax.codecs.floats import Float4, Float8
 from kvjax.codecs.linear import Linear, rotated
 from kvjax.codecs.lloyd_max import distortion, lloyd_max
 from kvjax.codecs.normalized import Normalized
+from kvjax.codecs.polar import Polar
+from kvjax.codecs.polar_pairs import PolarPairs
 from kvjax.codecs.qjl import QJL
 from kvjax.codecs.residual import Residual
 from kvjax.codecs.split import Outliers, Split
+from kvjax.codecs.straight_through import straight_through
 from kvjax.codecs.transforms import Hadamard, Matrix, Orthogonal, Transform
+from kvjax.codecs.trellis import Trellis
 from kvjax.codecs.uniform import Uniform
 
 __all__ = [
+    "E8",
     "QJL",
     "Centered",
     "Codebook",
     "Dense",
+    "Float4",
+    "Float8",
     "Hadamard",
     "Linear",
     "Matrix",
     "Normalized",
     "Orthogonal",
     "Outliers",
+    "Polar",
+    "PolarPairs",
     "Residual",
     "Split",
     "Transform",
+    "Trellis",
     "Uniform",
     "distortion",
     "lloyd_max",
     "rotated",
+    "straight_through",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from kvjax.core.codec import Array, Codec
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree, static
 from pallas_kernels import planes
+
+# Steps of the optimal uniform quantizers of 1 to 8 bits for standard normal values.
+_MAX_STEPS = (1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 
 
 @pytree
@@ -42,6 +46,19 @@ class Codebook(Codec):
     def lloyd_max(d: int | None, bits: int) -> Codebook:
         """The optimal book for unit vectors of dimension `d` (None: for standard normal values)."""
         return Codebook(jnp.asarray(lloyd_max(d, bits), jnp.float32), bits)
+
+    @staticmethod
+    def uniform(d: int | None, bits: int) -> Codebook:
+        """Evenly spaced levels, with the best step for unit vectors of dimension `d` (None: for
+        standard normal values): a grid that needs no look-up.
+
+        Source: steps of the optimal uniform quantizer, J. Max 1960.
+        """
+        if not 1 <= bits <= len(_MAX_STEPS):
+            raise InputError("bits", got=bits, expected="1 to 8", fix="choose such a width")
+        step = _MAX_STEPS[bits - 1] / math.sqrt(d or 1)
+        grid = np.arange(2**bits) - (2**bits - 1) / 2
+        return Codebook(jnp.asarray(step * grid, jnp.float32), bits)
 
     def check(self, head_dim: int, page: int) -> None:
         check_page(page, self.bits)

@@ -9,6 +9,8 @@ from kvjax.core.codec import Acc, Array, Code, Codec, Prepared
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree
 
+Rotation = Literal["haar", "hadamard"]
+
 
 @pytree
 class Linear(Codec):
@@ -53,7 +55,7 @@ class Linear(Codec):
         return self.transform.inverse(self.inner.restore(acc))
 
 
-def rotated(kind: Literal["haar", "hadamard"], d: int, inner: Codec, *, rng: Array) -> Linear:
+def rotated(kind: Rotation, d: int, inner: Codec, *, rng: Array) -> Linear:
     """`inner` after a random rotation of dimension `d`: dense, or randomized Hadamard."""
     makers = {"haar": Orthogonal.random, "hadamard": Hadamard.random}
     if kind not in makers:

@@ -28,7 +28,7 @@ def lloyd_max(d: int | None, bits: int) -> tuple[float, ...]:
     """
     if d is not None and d < 2:
         raise InputError("dimension", got=d, expected="2 or more", fix="a scalar has no direction")
-    if not 1 <= bits <= 8:
+    if bits not in range(1, 9):
         raise InputError("bits", got=bits, expected="1 to 8", fix="choose such a width")
     x, weight = _density(d)
     mass = np.concatenate([[0.0], np.cumsum(weight)])

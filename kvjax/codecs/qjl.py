@@ -18,15 +18,18 @@ from pallas_kernels import planes
 
 @pytree
 class QJLCode:
-    """x_hat = sqrt(pi/2) / m * norm * sketch.T @ (+1 or -1 per sketch row)."""
+    """x_hat = sqrt(pi/2) / m * norm * sketch.T @ (+1 or -1 per sketch row).
+
+    The norm is None where the codec has a fixed one.
+    """
 
     signs: tuple[Array, ...]
-    norm: Array
+    norm: Array | None
 
 
 @pytree
 class QJL(Codec):
-    """Signs of a random sketch, and the norm.
+    """Signs of a random sketch, and the norm: one per token, or one for all.
 
         code = sign(S x), |x|        <q, x_hat> = sqrt(pi/2) / m * |x| * <S q, sign(S x)>
 
@@ -38,16 +41,28 @@ class QJL(Codec):
 
     Args:
       sketch: `[m, d]`, from `QJL.random`.
+      norm_dtype: of the stored norms.
+      fixed_norm: the norm of every vector; nothing but signs is then stored. For residuals of unit
+        vectors, whose length hardly varies: `sqrt(distortion(d, b))` after b bits. Alone it makes
+        no zero of a zero vector; under `Normalized`, whose scale is 0 there, it does.
 
-    Source: arXiv 2406.03482.
+    Source: arXiv 2406.03482; a fixed norm is what TurboQuant's released code has.
     """
 
     sketch: Array
     norm_dtype: jnp.dtype = static(default=jnp.dtype("float16"))
+    fixed_norm: float | None = static(default=None)
     transposed: bool = static(default=False)
 
     def __post_init__(self):
         object.__setattr__(self, "norm_dtype", jnp.dtype(self.norm_dtype))
+        if self.fixed_norm is not None and not 0 < self.fixed_norm < math.inf:
+            raise InputError(
+                "fixed_norm",
+                got=self.fixed_norm,
+                expected="a positive number, or None",
+                fix="None stores a norm per token",
+            )
 
     @staticmethod
     def random(
@@ -96,28 +111,38 @@ class QJL(Codec):
     def encode(self, x: Array, positions: Array | None = None) -> QJLCode:
         x = x.astype(jnp.float32)
         bits = (matmul_t(x, self.sketch) > 0).astype(jnp.uint32)  # [..., t, m]
-        norm = jnp.linalg.norm(x, axis=-1).astype(self.norm_dtype)
+        norm = None
+        if self.fixed_norm is None:
+            norm = jnp.linalg.norm(x, axis=-1).astype(self.norm_dtype)
         return QJLCode(planes.pack(bits, 1, transposed=self.transposed), norm)
 
     def decode(self, code: QJLCode) -> Array:
-        return self.restore(self._signs(code) * code.norm.astype(jnp.float32)[..., None])
+        signs = self._signs(code)  # [..., t, m]
+        return self.restore(signs if code.norm is None else signs * _row(code.norm).mT)
 
     def prepare(self, q: Array) -> Array:
         return matmul_t(q, self.sketch) * self._constant  # [..., g, m]
 
     def logits(self, prepared: Array, code: QJLCode) -> Array:
-        return matmul_t(prepared, self._signs(code)) * code.norm.astype(jnp.float32)[..., None, :]
+        logits = matmul_t(prepared, self._signs(code))  # [..., g, t]
+        return logits if code.norm is None else logits * _row(code.norm)
 
     def accumulate(self, p: Array, code: QJLCode) -> Array:
-        return matmul(p * code.norm.astype(jnp.float32)[..., None, :], self._signs(code))
+        return matmul(p if code.norm is None else p * _row(code.norm), self._signs(code))
 
     def restore(self, acc: Array) -> Array:
         return matmul(acc, self.sketch) * self._constant  # [..., d]
 
     @property
     def _constant(self) -> float:
-        return math.sqrt(math.pi / 2) / self.sketch.shape[-2]
+        norm = 1.0 if self.fixed_norm is None else self.fixed_norm
+        return math.sqrt(math.pi / 2) / self.sketch.shape[-2] * norm
 
     def _signs(self, code: QJLCode) -> Array:
         bits = planes.unpack(code.signs, 1, transposed=self.transposed)
         return bits.astype(jnp.float32) * 2 - 1
+
+
+def _row(norm: Array) -> Array:
+    """One factor per token, `[..., t]`, against `[..., g, t]`."""
+    return norm.astype(jnp.float32)[..., None, :]

@@ -76,6 +76,9 @@ def _tree(node: Codec | Transform, label: str = "") -> Iterator[str]:
             inside.append((field.name, value))
         elif isinstance(value, jax.Array):
             words.append(f"{field.name}: {value.dtype}{list(value.shape)}")
+        elif isinstance(value, tuple) and value and isinstance(value[0], jax.Array):
+            shapes = ", ".join(str(list(a.shape)) for a in value)
+            words.append(f"{field.name}: {value[0].dtype} {shapes}")
         elif value is not None and value is not False:
             words.append(f"{field.name}={value}")
     yield f"{label}{type(node).__name__}({', '.join(words)})"

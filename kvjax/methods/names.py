@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 
@@ -12,10 +11,22 @@ from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
 from kvjax.core.rng import fold
+from kvjax.methods.e8 import e8
+from kvjax.methods.eden import eden
+from kvjax.methods.floats import fp8, mxfp4, nvfp4
 from kvjax.methods.hadamard_int import hadamard_int
 from kvjax.methods.kivi import kivi
 from kvjax.methods.naive import bf16, integer
+from kvjax.methods.polarquant import polarquant, polarquant_pairs
 from kvjax.methods.qjl import qjl
+from kvjax.methods.rabitq import rabitq
+from kvjax.methods.released import (
+    VLLM_PRESETS,
+    turboquant_kv_released,
+    turboquant_prod_released,
+    vllm_turboquant,
+)
+from kvjax.methods.trellis import trellis
 from kvjax.methods.turboquant import turboquant
 
 Recipe = Callable[[int, jax.Array], Method]  # (head_dim, rng) -> Method
@@ -25,22 +36,43 @@ def _fixed(method: Method) -> Recipe:
     return lambda d, rng: method
 
 
-def _hadamard(bits: int) -> Recipe:
-    return lambda d, rng: hadamard_int(bits, d, rng=rng)
+def _each(
+    name: str, recipe: Callable[..., Method], bits: tuple[float, ...], **options
+) -> dict[str, Recipe]:
+    """`recipe(bits, head_dim, rng=..., **options)` for each width, as `name` with the width."""
+
+    def at(width: float) -> Recipe:
+        return lambda d, rng: recipe(width, d, rng=rng, **options)
+
+    return {f"{name}{width:g}": at(width) for width in bits}
 
 
-def _turbo(bits: float, residual: Literal["qjl"] | None = None) -> Recipe:
-    return lambda d, rng: turboquant(bits, d, rng=rng, residual=residual)
+def _vllm(preset: str) -> Recipe:
+    return lambda d, rng: vllm_turboquant(preset, d)
 
 
 RECIPES: dict[str, Recipe] = {
     "bf16": _fixed(bf16()),
     **{f"int{b}": _fixed(integer(b)) for b in (8, 4, 3, 2)},
-    **{f"hadamard-int{b}": _hadamard(b) for b in (8, 4, 3, 2)},
+    **_each("hadamard-int", hadamard_int, (8, 4, 3, 2)),
     **{f"kivi-{b}": _fixed(kivi(b)) for b in (4, 2)},
-    **{f"turboquant-{b:g}": _turbo(b) for b in (1, 2, 2.5, 3, 3.5, 4)},
-    **{f"turboquant-prod-{b}": _turbo(b, residual="qjl") for b in (1, 2, 3, 4)},
+    **_each("turboquant-", turboquant, (1, 2, 2.5, 3, 3.5, 4, 5)),
+    **_each("turboquant-prod-", turboquant, (1, 2, 3, 4, 5), residual="qjl"),
+    **_each("eden-", eden, (1, 2, 3, 4, 5)),
+    **_each("eden-search-", eden, (2, 3, 4, 5), search=9),
+    **_each("rabitq-", rabitq, (1, 2, 3, 4, 5)),
+    **_each("e8-", e8, (2, 4)),
+    **_each("trellis-", trellis, (1, 2, 3, 4, 5)),
     "qjl": lambda d, rng: qjl(d, rng=rng),
+    "polarquant": lambda d, rng: polarquant(d, rng=rng),
+    **{f"polarquant-pairs-{b}": _fixed(polarquant_pairs(b, b)) for b in (4, 3)},
+    "fp8": _fixed(fp8()),
+    "fp8-e5m2": _fixed(fp8("e5m2")),
+    "nvfp4": _fixed(nvfp4()),
+    "mxfp4": _fixed(mxfp4()),
+    **_each("turboquant-prod-released-", turboquant_prod_released, (1, 2, 3, 4)),
+    **_each("turboquant-kv-released-", turboquant_kv_released, (2.5, 3.5)),
+    **{f"vllm-{name}": _vllm(name) for name in VLLM_PRESETS},
 }
 
 

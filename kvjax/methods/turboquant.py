@@ -8,13 +8,13 @@ from typing import Literal
 import jax
 
 from kvjax.codecs import QJL, Codebook, Normalized, Outliers, Residual, rotated
+from kvjax.codecs.linear import Rotation
 from kvjax.codecs.normalized import Gain
 from kvjax.core.codec import Codec
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.rng import fold
 
-Rotation = Literal["haar", "hadamard"]
 Sketch = Literal["orthogonal", "gaussian"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -11,18 +12,23 @@ import numpy as np
 import pytest
 
 from kvjax.codecs import (
+    E8,
     QJL,
     Centered,
     Codebook,
     Dense,
+    Float8,
     Hadamard,
     Linear,
     Matrix,
     Normalized,
     Orthogonal,
     Outliers,
+    Polar,
+    PolarPairs,
     Residual,
     Split,
+    Trellis,
     Uniform,
     rotated,
 )
@@ -95,6 +101,19 @@ CODECS = {
     "int2 tokens symmetric": lambda: Uniform(2, axis="tokens", symmetric=True, clip=0.9),
     **{f"book{b}": lambda b=b: Codebook.lloyd_max(None, b) for b in range(1, 9)},
     **{f"normalized {g}": lambda g=g: book(D, 2, g) for g in GAINS},
+    **{
+        f"normalized {g} search": lambda g=g: Normalized(
+            Codebook.lloyd_max(D, 3), gain=g, search=5, scale_dtype="float32"
+        )
+        for g in GAINS
+    },
+    "uniform book": lambda: Normalized(Codebook.uniform(D, 3), gain="unbiased", search=3),
+    **{f"bare trellis{b}": lambda b=b: Trellis(b) for b in (1, 2, 5)},
+    "trellis": lambda: Linear(haar(), Normalized(Trellis(3, std=D**-0.5), gain="norm")),
+    "bare e8": lambda: E8(),
+    "e8 twice": lambda: Linear(
+        haar(), Normalized(Residual(E8(D**-0.5), E8(0.3 * D**-0.5)), gain="norm")
+    ),
     "hadamard int3": lambda: rotated("hadamard", D, Uniform(3), rng=key(1)),
     "hadamard per head": lambda: Linear(signs(H, 1, 1, D), Uniform(3)),
     "haar int2 tokens": lambda: rotated("haar", D, Uniform(2, axis="tokens"), rng=key(3)),
@@ -114,6 +133,15 @@ CODECS = {
     "qjl gaussian, more rows": lambda: sketch(D, rows=40),
     "turboquant prod": lambda: Linear(signs(D), Residual(book(D, 2), sketch(D))),
     "qjl of outliers": lambda: Outliers(sketch(4), sketch(D - 4, rows=48), 4),
+    "fp8": lambda: Float8(),
+    "fp8 groups": lambda: Float8("e5m2", group=8),
+    "polar": lambda: Polar.lloyd_max((4, 2, 2)),
+    "rotated polar": lambda: Linear(haar(), Polar.lloyd_max((4, 2, 2))),
+    "polar pairs": lambda: PolarPairs(),
+    "polar pairs adjacent": lambda: PolarPairs(3, 2, "adjacent"),
+    "normalized qjl, fixed norm": lambda: Normalized(
+        dataclasses.replace(sketch(D), fixed_norm=1.0)
+    ),
     "all at once": lambda: Centered(
         mean(H, 1, 1, D),
         Linear(
@@ -223,7 +251,7 @@ def test_transposing_reaches_every_leaf(name):
 
 TURNED = (
     *("int1", "int3", "int4 groups", "int7", "int8", "int2 tokens", "book3", "book6"),
-    *("qjl", "turboquant prod", "split of rotated", "outliers"),
+    *("qjl", "turboquant prod", "split of rotated", "outliers", "trellis", "e8 twice"),
 )
 
 
@@ -295,7 +323,7 @@ def test_finite_on_hard_inputs(name):
 @each_on_hard_inputs
 def test_error_stays_in_proportion_on_hard_inputs(name):
     """No kind of page may come back wilder than it went in."""
-    if name.startswith("book"):
+    if name.startswith(("book", "bare")):
         pytest.skip("a bare codebook has a scale of its own: it saturates elsewhere")
     x = hard_inputs().astype(np.float64)
     decoded = np.asarray(hard_answers(name)[1], np.float64)
@@ -311,6 +339,7 @@ FAMILIES = {
     "codebook": lambda b: book(D, b),
     "turboquant": lambda b: turbo(b),
     "residual": lambda b: Residual(Uniform(b), Uniform(2)),
+    "search": lambda b: Normalized(Codebook.uniform(D, b), gain="least_squares", search=5),
     "outliers": lambda b: Outliers(Uniform(min(b + 1, 8)), Uniform(b), 4),
 }
 
@@ -337,6 +366,7 @@ def test_codes_are_bit_for_bit_the_same_in_another_batch():
     """Encode is batch-invariant: one page alone, and the same page within a stack."""
     x = pages()
     encode = jax.jit(lambda codec, x: codec.encode(x))
-    for name in ("int3", "int2 tokens groups", "outliers", "normalized none"):
+    names = "int3", "int2 tokens groups", "outliers", "normalized none", "trellis", "e8 twice"
+    for name in names:
         stacked, alone = encode(codec_of(name), x), encode(codec_of(name), x[1:, 2:, 1:])
         assert same(jax.tree.map(lambda a: a[1:, 2:, 1:], stacked), alone), name

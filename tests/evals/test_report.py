@@ -12,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from kvjax.core.errors import InputError
-from kvjax.evals.report import FAMILIES, family, summary, write_report
+from kvjax.evals.families import FAMILIES, family
+from kvjax.evals.report import summary, write_report
 from kvjax.evals.table import (
     COLUMNS,
     exact,
