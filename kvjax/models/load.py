@@ -110,6 +110,13 @@ def _find(name_or_path: str | os.PathLike) -> tuple[Path, str | None]:
             fix="check the path, or use a name from `kvjax models list`",
         )
     spec = hub.find(str(name_or_path))
+    if spec.kind != "decoder":
+        raise InputError(
+            f"model {spec.name}",
+            got=f"an {spec.kind}",
+            expected="a decoder",
+            fix="load it with kvjax.models.minilm.MiniLM.load",
+        )
     fetched = hub.installed(spec)
     if fetched is None:
         raise InputError(

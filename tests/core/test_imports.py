@@ -23,6 +23,7 @@ ALLOWED = {
     "kvjax/cache": CACHE,
     "kvjax/methods": METHODS,
     "kvjax/models": MODELS,
+    "kvjax/search": CODECS | {"kvjax.search"},
     "kvjax/generate": GENERATE,
     "kvjax/evals": EVALS,
     "kvjax/cli": EVALS | {"kvjax.cli"},

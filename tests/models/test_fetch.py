@@ -246,7 +246,9 @@ def test_command_line(index, monkeypatch, capsys):
 
 def test_the_catalog_adds_up():
     sizes = {model.name: model.size for model in REAL_MODELS}
-    assert sizes == {"smollm2-135m": 98_362_432, "gemma-3-270m": 253_113_024}
+    decoders = {"smollm2-135m": 98_362_432, "gemma-3-270m": 253_113_024}
+    assert sizes == {**decoders, "minilm": 90_868_376}
+    assert {m.name for m in REAL_MODELS if m.kind == "decoder"} == set(decoders)
     gemma = REAL_MODELS[1]
     assert "Gemma Terms of Use" in gemma.licence
     assert gemma.notice
