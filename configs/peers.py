@@ -18,7 +18,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             ),
             "dims": (128, 64),
             "page": 64,
-            "values": 262144,
+            "values": 131072,
             "seed": 1,  # of the vectors
             "seeds": (0, 1, 2),  # of rotations and sketches
             "limit_s": 300,  # per peer

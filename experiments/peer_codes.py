@@ -157,7 +157,7 @@ def faiss_cpu(d: int) -> Iterator[Entry]:
         "RaBitQ": "queries in float32 (qb = 0; its default at 1 bit is 4 bits)",
         "SQ": "ranges of each channel learnt from these vectors; no rotation",
         "SQ tqmse": "keeps no norm: for unit vectors only",
-        "SQ tq": "the estimates of turboquant-py's inner_product, and its shrinkage",
+        "SQ tq": "in an IndexScalarQuantizer; shrinks as turboquant-py's inner_product does",
     }
     for bits in (*WIDTHS, 8):
         for name, index_of in peers(d, bits):

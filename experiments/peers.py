@@ -105,6 +105,7 @@ def kvjax_row(name: str, vectors: Vectors, seeds: tuple[int, ...]) -> Row:
     decoded, times = [], []
     for seed in seeds:
         codec = get(name, d, layout=Layout(page=page, recent=page), seed=seed).key
+        jax.block_until_ready(codec)  # drawing a rotation is not encoding
         if not decoded:
             jax.block_until_ready(encode(codec, vectors.x))
         start = time.perf_counter()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
@@ -42,3 +44,39 @@ def check_shapes(
             raise InputError(
                 name, got=a.dtype, expected="a floating dtype", fix="cast it before appending"
             )
+
+
+def check_values(real: Array, **arrays: Array) -> None:
+    """Raises `InputError` for NaN or infinity, where values are known: outside jit.
+
+    Inside, a page with such a token reads as the codec says (see `Normalized`), mostly as NaN.
+
+    Args:
+      real: `[b]` or `[b, t]` bool, the tokens that count; arrays lead with the same axes.
+    """
+    for name, a in arrays.items():
+        if isinstance(a, jax.core.Tracer) or isinstance(real, jax.core.Tracer):
+            continue
+        finite = np.isfinite(np.asarray(a, np.float32)).reshape(*real.shape, -1).all(-1)
+        bad = (np.asarray(real) & ~finite).reshape(len(real), -1).any(-1)
+        if bad.any():
+            raise InputError(
+                name,
+                got=f"NaN or infinity in sequence {int(bad.argmax())}",
+                expected="finite numbers",
+                fix="look for what made them: packed, they would spoil a whole page",
+            )
+
+
+def check_room(cache: Cache, length: Array) -> None:
+    """Raises `InputError` where sequences would outgrow the capacity, outside jit; inside, they
+    read as NaN."""
+    if isinstance(length, jax.core.Tracer) or length.size == 0:
+        return
+    if int(length.max()) > cache.capacity:
+        raise InputError(
+            "cache",
+            got=f"token {int(length.max())}",
+            expected=f"at most {cache.capacity} tokens",
+            fix="init it with a larger capacity",
+        )

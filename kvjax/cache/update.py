@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.attend import attend_rows
 from kvjax.cache.pages import write_page
-from kvjax.cache.shapes import check_shapes
+from kvjax.cache.shapes import check_room, check_shapes, check_values
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
@@ -40,12 +40,14 @@ def append(
       active: `[b]` bool; sequences that are False stay as they are. None is all.
     Raises:
       InputError: shapes that differ from the cache's; outside jit also a full cache (under jit
-        its attention reads as NaN).
+        its attention reads as NaN), and numbers that are not finite.
     """
     check_shapes(cache, layer, k=k, v=v)
     layout = method.layout
     active = jnp.ones(k.shape[0], bool) if active is None else active
+    check_values(active, k=k, v=v)
     position = cache.length[layer]
+    check_room(cache, position + active)
     slot = jnp.where(active, window_slot(layout, cache, position), cache.window_key.shape[3])
     rows = jnp.arange(k.shape[0])
     put = lambda a, new: a.at[layer, rows, :, slot].set(_kept(new, a), mode="drop")
@@ -56,7 +58,6 @@ def append(
         window_positions=cache.window_positions.at[layer, rows, slot].set(position, mode="drop"),
         length=cache.length.at[layer].add(active.astype(jnp.int32)),
     )
-    _check_room(cache)
     exact = cache.window_key[layer], cache.window_value[layer]
     tokens = lambda rows, positions: _take(exact, rows, window_slot(layout, cache, positions))
     return _encode_due(method, cache, layer, tokens)
@@ -114,7 +115,7 @@ def extend(
       Outputs `[b, t, h, g, d]` (rows past `count` are meaningless) and the new cache.
     Raises:
       InputError: shapes that differ from the cache's; a block longer than a page where the cache
-        keeps a sliding window only.
+        keeps a sliding window only; outside jit also what `append` refuses.
     """
     check_shapes(cache, layer, tokens=k.shape[1:2], q=q, k=k, v=v)
     layout = method.layout
@@ -129,7 +130,9 @@ def extend(
     scale = d**-0.5 if scale is None else scale
     count = jnp.full((b,), t, jnp.int32) if count is None else count
     before = cache.length[layer]  # [b]
+    check_room(cache, before + count)
     offsets = jnp.arange(t)
+    check_values(offsets < count[:, None], q=q, k=k, v=v)
     positions = before[:, None] + offsets  # [b, t]
     real = jnp.where(offsets < count[:, None], positions, -1)
 
@@ -173,7 +176,11 @@ def prefill(
       block: tokens per step; None is a page. A t that it does not divide ends in a shorter block.
     Returns:
       Outputs `[b, t, h, g, d]` or None, and the cache: the same as after t calls of `append`.
+    Raises:
+      InputError: what `extend` refuses.
     """
+    check_values(jnp.ones(k.shape[:2], bool), k=k, v=v)
+    check_room(cache, cache.length[layer] + k.shape[1])
     t, block = k.shape[1], min(block or method.layout.page, k.shape[1])
     whole = t - t % block
     queries = k[:, :, :, None] if q is None else q
@@ -251,15 +258,3 @@ def _slot_positions(layout: Layout, cache: Cache, length: Array) -> Array:
     empty = (last < 0) | (recent < layout.sink)
     sink, recent = jnp.where(sink < length[:, None], sink, -1), jnp.where(empty, -1, recent)
     return jnp.concatenate([sink, recent], 1).astype(jnp.int32)
-
-
-def _check_room(cache: Cache) -> None:
-    if isinstance(cache.length, jax.core.Tracer):
-        return
-    if int(cache.length.max()) > cache.capacity:
-        raise InputError(
-            "cache",
-            got=f"token {int(cache.length.max())}",
-            expected=f"at most {cache.capacity} tokens",
-            fix="init it with a larger capacity",
-        )

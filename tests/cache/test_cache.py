@@ -194,6 +194,28 @@ def test_one_token_too_many_raises_outside_jit():
     assert np.isfinite(out).all()
     with pytest.raises(kvjax.InputError, match="at most 17 tokens; init it with a larger capacity"):
         kvjax.append(method, cache, k[:, 17], v[:, 17])
+    with pytest.raises(kvjax.InputError, match="token 18"):
+        kvjax.extend(method, cache, q[:, 17:], k[:, 17:], v[:, 17:])
+    with pytest.raises(kvjax.InputError, match="token 35"):
+        kvjax.prefill(method, cache, k, v)
+
+
+def test_what_is_not_finite_raises_outside_jit():
+    method = exact(kvjax.Layout(sink=0, recent=0, page=16))
+    q, k, v = tokens(2, 2)
+    bad = v.copy()
+    bad[1, 1, 0, 0] = np.nan
+    cache = empty(method, 2)
+    for call in (
+        lambda: kvjax.append(method, cache, k[:, 1], bad[:, 1]),
+        lambda: kvjax.extend(method, cache, q, k, bad),
+        lambda: kvjax.prefill(method, cache, k, bad),
+    ):
+        with pytest.raises(kvjax.InputError, match="v: got NaN or infinity in sequence 1"):
+            call()
+    # What is not added may be anything.
+    kvjax.append(method, cache, k[:, 1], bad[:, 1], active=jnp.array([True, False]))
+    kvjax.extend(method, cache, q, k, bad, count=jnp.array([2, 1]))
 
 
 def test_one_token_too_many_is_nan_under_jit():
