@@ -81,7 +81,7 @@ def turboquant_py(d: int) -> Iterator[Entry]:
 
 def turboquant(d: int) -> Iterator[Entry]:
     if not hasattr(np, "trapz"):
-        np.trapz = np.trapezoid  # type: ignore[attr-defined]  # NumPy 2.4 has no other name for it
+        np.trapz = np.trapezoid  # what NumPy 2.4 calls it
     torch = importlib.import_module("torch")
     core = importlib.import_module("turboquant.core")
     shim = "needs np.trapz, which NumPy 2.4 no longer has: shimmed; a byte per index"

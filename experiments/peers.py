@@ -4,8 +4,12 @@ Question: error, bias and true bits of kvjax's codes beside other packages' on o
           unit vectors with the same queries, several rotations each.
 Command:  python experiments/peers.py --config=configs/peers.py --peers=PEERS
           (a tiny run, a quarter of a minute: --config=configs/peers.py:tiny)
-Cost:     COST
-Expected: EXPECTED
+Cost:     two to three minutes on two CPU cores, most of it trellis codes and importing torch.
+Expected: at d = 128, b = 2: mse 0.116 for turboquant, turboquant-py and faiss's SQ tqmse, 0.128 for
+          the package turboquant, 0.264 for turbo-quant-lite; slope 1 for turboquant-prod, and 0.67
+          for the inner_product of turboquant-py, the IP of turboquant and faiss's SQ tq. No peer
+          is nearer to the bound at its true bits than trellis (at d = 64 and 1 bit SQ tqmse is,
+          which keeps no norm); those that keep a byte per index are 30 dB and more away.
 
 PEERS is a folder with a folder for each package, on the import path of that package's own process
 only. What is not there becomes a row that says so. To fill it:
@@ -23,10 +27,10 @@ at the first call: a C++ compiler, ninja, and two minutes once.
 
 How it is fair: packages are called as their own documentation does, with their defaults, and with
 as many rotations as ours, none of which shares a generator with the vectors. Their vectors are read
-from their own estimates of inner products where those are not the decoded vectors' (their estimates
-are linear in the query). Bits are counted in the arrays that a package holds, and once more in its
-packed form where it documents one, which has a row of its own; what is one for all vectors
-(rotations, tables) is not counted for anyone.
+from their own estimates of inner products where those are not the decoded vectors' (estimates are
+linear in the query; faiss's RaBitQ's nearly so, 0.2 % of its error). Bits are counted in the arrays
+that a package holds, and once more in its packed form where it documents one, which has a row of
+its own; what is one for all vectors (rotations, tables) is not counted for anyone.
 
 NVIDIA's kvpress has no row: it evicts tokens and quantizes nothing. With it one quantizes through
 transformers' QuantizedCache, which has its rows here.

@@ -12,8 +12,10 @@ from kvjax.codecs.polar import Polar
 from kvjax.codecs.polar_pairs import PolarPairs
 from kvjax.codecs.qjl import QJL
 from kvjax.codecs.residual import Residual
+from kvjax.codecs.rotary_mean import RotaryMean
 from kvjax.codecs.split import Outliers, Split
 from kvjax.codecs.straight_through import straight_through
+from kvjax.codecs.tiers import Dropped, Tiers
 from kvjax.codecs.transforms import Hadamard, Matrix, Orthogonal, Transform
 from kvjax.codecs.trellis import Trellis
 from kvjax.codecs.uniform import Uniform
@@ -24,6 +26,7 @@ __all__ = [
     "Centered",
     "Codebook",
     "Dense",
+    "Dropped",
     "Float4",
     "Float8",
     "Hadamard",
@@ -35,7 +38,9 @@ __all__ = [
     "Polar",
     "PolarPairs",
     "Residual",
+    "RotaryMean",
     "Split",
+    "Tiers",
     "Transform",
     "Trellis",
     "Uniform",

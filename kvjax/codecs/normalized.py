@@ -47,6 +47,10 @@ class Normalized(Codec):
     no other. Lengths have the range of float32, in bf16 by default, whose rounding adds 1e-6 of
     error; with "float16" a scale beyond 65504 becomes infinite and reads as NaN.
 
+    Args:
+      metric: `[d]`, or `[h, 1, 1, d]`: how much errors of each channel matter. The gain is then the
+        one for `sum metric u u_hat`; the norm stays the plain one. None is all alike.
+
     Source: TurboQuant stores the norm (arXiv 2504.19874; bf16 in its code); unbiased gain: arXiv
     2604.18555; the search is RaBitQ's (arXiv 2409.09913), on any inner grid.
 
@@ -63,6 +67,7 @@ class Normalized(Codec):
     scale_dtype: jnp.dtype = static(default=jnp.dtype("bfloat16"))
     search: int = static(default=1)
     spread: float = static(default=0.2)
+    metric: Array | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
@@ -115,12 +120,14 @@ class Normalized(Codec):
         if self.gain == "none":
             return 1.0
         decoded = self.inner.decode(code)
-        length2 = (decoded**2).sum(-1)
-        along = (unit * decoded).sum(-1)
+        weight = 1.0 if self.metric is None else self.metric
+        length2 = (weight * decoded**2).sum(-1)
+        along = (weight * unit * decoded).sum(-1)
+        own2 = 1.0 if self.metric is None else (weight * unit**2).sum(-1)
         if self.gain == "norm":
-            return 1 / jnp.sqrt(_positive(length2))
+            return jnp.sqrt(own2 / _positive(length2))
         if self.gain == "unbiased":
-            return 1 / jnp.where(along > 0, along, 1)
+            return own2 / jnp.where(along > 0, along, 1)
         return along / _positive(length2)
 
     def decode(self, code: NormalizedCode) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,8 @@ class Trellis(Codec):
     Args:
       bits: 1 to 5.
       std: standard deviation of a coordinate; `1 / sqrt(d)` for unit vectors.
+      axis: what a path runs along: the channels of a token, or the tokens of a page, channel by
+        channel (for blocks of few channels, as bit allocation makes them).
 
     Source: tail-biting bitshift trellis with a computed code, QTIP (arXiv 2406.11235).
     Differs from the paper: 4096 states, not 65536; instead of hashed, the levels are a
@@ -62,6 +65,7 @@ class Trellis(Codec):
 
     bits: int = static(default=2)
     std: float = static(default=1.0)
+    axis: Literal["channels", "tokens"] = static(default="channels")
     transposed: bool = static(default=False)
 
     def __post_init__(self):
@@ -72,14 +76,19 @@ class Trellis(Codec):
                 expected=f"one of {tuple(_LEVELS)}",
                 fix="choose such a width, or Codebook",
             )
+        if self.axis not in ("channels", "tokens"):
+            raise InputError(
+                "axis", got=self.axis, expected="'channels' or 'tokens'", fix="name one of them"
+            )
 
     def check(self, head_dim: int, page: int) -> None:
         check_page(page, self.bits)
-        if head_dim * self.bits < MEMORY:
+        length = head_dim if self.axis == "channels" else page
+        if length * self.bits < MEMORY:
             raise InputError(
                 "trellis",
-                got=f"vectors of {head_dim} with {self.bits} bits",
-                expected=f"{-(-MEMORY // self.bits)} channels or more",
+                got=f"a path of {length} {self.axis} with {self.bits} bits",
+                expected=f"{-(-MEMORY // self.bits)} {self.axis} or more",
                 fix="use Codebook for so few",
             )
 
@@ -90,14 +99,19 @@ class Trellis(Codec):
         self.check(x.shape[-1], x.shape[-2])
         levels = self.levels(jnp.arange(STATES, dtype=jnp.uint16))
         search = functools.partial(_best_path, levels=levels, bits=self.bits)
-        vectors = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-        states = jax.lax.map(search, vectors, batch_size=BATCH).reshape(x.shape)
-        codes = (states & (2**self.bits - 1)).astype(jnp.uint32)
-        return planes.pack(codes, self.bits, transposed=self.transposed)
+        paths = self._paths(x.astype(jnp.float32))
+        states = jax.lax.map(search, paths.reshape(-1, paths.shape[-1]), batch_size=BATCH)
+        codes = (states & (2**self.bits - 1)).astype(jnp.uint32).reshape(paths.shape)
+        return planes.pack(self._paths(codes), self.bits, transposed=self.transposed)
 
     def decode(self, code: tuple[Array, ...]) -> Array:
         codes = planes.unpack(code, self.bits, transposed=self.transposed).astype(jnp.uint16)
-        return self.levels(register(codes, self.bits))
+        axis = -1 if self.axis == "channels" else -2
+        return self.levels(register(codes, self.bits, axis))
+
+    def _paths(self, x: Array) -> Array:
+        """`x` with the axis that paths run along last, or back."""
+        return x if self.axis == "channels" else x.swapaxes(-1, -2)
 
     def levels(self, state: Array) -> Array:
         """The value that a state (uint16, under 4096) stands for, float32."""
@@ -109,8 +123,8 @@ class Trellis(Codec):
         return t * top / ((0.75515131 * s - 1.75333469) * s + 1) * (spread * self.std)
 
 
-def register(codes: Array, bits: int) -> Array:
-    """The last `MEMORY` bits up to each channel, `[..., d]` uint16; the channels wrap around.
+def register(codes: Array, bits: int, axis: int = -1) -> Array:
+    """The last `MEMORY` bits up to each code along `axis`, uint16; the axis wraps around.
 
     Example:
       >>> import jax.numpy as jnp
@@ -119,7 +133,7 @@ def register(codes: Array, bits: int) -> Array:
     """
     state, have = codes, 1
     while have * bits < MEMORY:  # doubling; what is shifted beyond 16 bits is lost, as it should be
-        state = state | (jnp.roll(state, have, axis=-1) << jnp.uint16(have * bits))
+        state = state | (jnp.roll(state, have, axis=axis) << jnp.uint16(have * bits))
         have *= 2
     return state & jnp.uint16(STATES - 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -32,14 +33,15 @@ def gap_png(rows: Sequence[Row]) -> bytes:
         axes.set_title(one_line(f"{panel[0]}, d = {panel[1]}"), size=13, parse_math=False)
     for axes in grid[:, 0]:
         axes.set_ylabel("dB above the bound", size=12)
-    for axes in grid[-1]:
+    for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
         axes.set_xlabel("true bits per value", size=12)
+        axes.tick_params(labelbottom=True)
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         lines, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
     figure.suptitle("Distance to the rate-distortion bound: lower is better", size=16, x=0.45)
-    figure.tight_layout(rect=(0, 0, 1 - 1.9 / figure.get_figwidth(), 0.985))
+    figure.tight_layout(rect=(0, 0, 1 - 2.3 / figure.get_figwidth(), 0.985))
     figure.legend(list(handles.values()), list(handles), loc="center right", fontsize=11)
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
@@ -51,12 +53,11 @@ def gap_png(rows: Sequence[Row]) -> bytes:
 def _draw(axes, rows: Sequence[Row]) -> None:
     kinds: dict[str, list[Row]] = {}
     for row in rows:
-        stem = row.codec.rstrip("0123456789.").rstrip("-")
-        kinds.setdefault(stem, []).append(row)
+        kinds.setdefault(_curve(row.codec), []).append(row)
     for stem, members in kinds.items():
         members.sort(key=lambda row: row.bits_per_value)
         colour, marker = FAMILIES[family(stem)]
-        dashed = stem not in FAMILIES  # a variant of its family
+        dashed = stem not in FAMILIES and len(members) > 1  # a variant of its family
         axes.plot(
             [row.bits_per_value for row in members],
             [min(row.gap_db, WORST) for row in members],
@@ -74,3 +75,16 @@ def _draw(axes, rows: Sequence[Row]) -> None:
     axes.grid(color="#e6e8eb")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(name: str) -> str:
+    """The name without its width: what is one curve. Half bits are codes of another kind.
+
+    Example:
+      >>> _curve("turboquant-3"), _curve("turboquant-2.5"), _curve("hadamard-int4"), _curve("nvfp4")
+      ('turboquant', 'turboquant, outliers', 'hadamard-int', 'nvfp4')
+    """
+    found = None if family(name) == "float" else re.fullmatch(r"(.+?)-?(\d+(\.\d+)?)", name)
+    if found is None:
+        return name
+    return f"{found[1]}, outliers" if found[3] else found[1]

@@ -76,6 +76,8 @@ def _tree(node: Codec | Transform, label: str = "") -> Iterator[str]:
             inside.append((field.name, value))
         elif isinstance(value, jax.Array):
             words.append(f"{field.name}: {value.dtype}{list(value.shape)}")
+        elif isinstance(value, tuple) and value and isinstance(value[0], Codec):
+            inside += [(f"{field.name}[{i}]", codec) for i, codec in enumerate(value)]
         elif isinstance(value, tuple) and value and isinstance(value[0], jax.Array):
             shapes = ", ".join(str(list(a.shape)) for a in value)
             words.append(f"{field.name}: {value[0].dtype} {shapes}")

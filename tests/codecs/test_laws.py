@@ -17,6 +17,7 @@ from kvjax.codecs import (
     Centered,
     Codebook,
     Dense,
+    Dropped,
     Float8,
     Hadamard,
     Linear,
@@ -27,7 +28,9 @@ from kvjax.codecs import (
     Polar,
     PolarPairs,
     Residual,
+    RotaryMean,
     Split,
+    Tiers,
     Trellis,
     Uniform,
     rotated,
@@ -79,6 +82,15 @@ def stretch(*lead: int) -> Matrix:
 
 def book(d: int, bits: int, gain: str = "none") -> Normalized:
     return Normalized(Codebook.lloyd_max(d, bits), gain=gain)
+
+
+def tiers() -> Tiers:
+    leaves = Codebook.lloyd_max(D, 4), Trellis(2, std=D**-0.5, axis="tokens"), Dropped()
+    return Tiers(leaves, (8, 10, 6))
+
+
+def frequencies() -> jax.Array:
+    return jnp.asarray(100.0 ** -np.linspace(0, 1, D // 2), jnp.float32)
 
 
 def turbo(bits: int, d: int = D) -> Linear:
@@ -142,6 +154,13 @@ CODECS = {
     "normalized qjl, fixed norm": lambda: Normalized(
         dataclasses.replace(sketch(D), fixed_norm=1.0)
     ),
+    "trellis of tokens": lambda: Trellis(2, axis="tokens"),
+    "tiers": lambda: tiers(),
+    "metric of tiers": lambda: Linear(
+        stretch(H, 1),
+        Normalized(tiers(), gain="unbiased", metric=jnp.linspace(1, 0, D)),
+    ),
+    "rotary mean": lambda: RotaryMean(mean(H, 1, 1, D), frequencies(), turbo(3)),
     "all at once": lambda: Centered(
         mean(H, 1, 1, D),
         Linear(
@@ -323,12 +342,13 @@ def test_finite_on_hard_inputs(name):
 @each_on_hard_inputs
 def test_error_stays_in_proportion_on_hard_inputs(name):
     """No kind of page may come back wilder than it went in."""
-    if name.startswith(("book", "bare")):
+    if name.startswith(("book", "bare", "tiers", "trellis of")):
         pytest.skip("a bare codebook has a scale of its own: it saturates elsewhere")
     x = hard_inputs().astype(np.float64)
     decoded = np.asarray(hard_answers(name)[1], np.float64)
     size = np.linalg.norm(x, axis=(-2, -1))
-    added = 60 if "centered" in name or name == "all at once" else 1e-6  # a mean is coded too
+    coded_mean = any(word in name for word in ("centered", "rotary", "all at once"))
+    added = 60 if coded_mean else 1e-6  # a mean is coded too
     assert (np.linalg.norm(decoded - x, axis=(-2, -1)) <= 3 * size + added).all()
 
 
