@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import re
-import sysconfig
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from kvjax.core.errors import InputError
-from kvjax.evals.text import read_text
+from kvjax.evals.text import sentences
 from kvjax.models import hub
 from kvjax.models.minilm import MiniLM
 
@@ -44,18 +38,6 @@ def vectors(name: str, count: int, *, seed: int) -> tuple[str, np.ndarray]:
     return about, x.astype(np.float32)
 
 
-def sentences() -> list[str]:
-    """Sentences of Python's own documentation: the language reference that ships with it, then the
-    docstrings of the standard library. Each once, whatever its case (the embedder ignores it), in a
-    fixed order for one version of Python."""
-    _, reference = read_text(None)
-    found = {s.lower(): s for s in _split(reference)}
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "tests", "idlelib"} & set(path.parts):
-            found.update((s.lower(), s) for text in _docstrings(path) for s in _split(text))
-    return list(found.values())
-
-
 def _minilm(count: int, rng: np.random.Generator) -> tuple[str, np.ndarray]:
     """Embeddings of `count` sentences; kept in the cache folder, they take a minute or two."""
     texts = sentences()
@@ -80,26 +62,3 @@ def _minilm(count: int, rng: np.random.Generator) -> tuple[str, np.ndarray]:
 
 def _fingerprint(texts: list[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old escapes in string literals
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError):  # files made for lib2to3 to stumble on
-        return
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    for node in ast.walk(tree):
-        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-            yield text
-
-
-def _split(text: str) -> Iterator[str]:
-    """Sentences of 40 to 300 characters that are mostly words."""
-    for paragraph in text.split("\n\n"):
-        line = " ".join(paragraph.split())
-        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", line):
-            words = sum(c.isalpha() or c in " ,.;'()-`" for c in sentence)
-            if 40 <= len(sentence) <= 300 and sentence[-1] in ".!?" and words > 0.9 * len(sentence):
-                yield sentence

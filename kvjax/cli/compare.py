@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -33,6 +34,9 @@ def add(subparsers) -> None:
         help="comma-separated names; KEYS/VALUES mixes two; an unknown name lists them all "
         "(%(default)s)",
     )
+    parser.add_argument(
+        "--calibration", help="folder that `kvjax calibrate` wrote, for methods such as klt-2"
+    )
     parser.add_argument("--context", type=int, default=2048, help="tokens per window (%(default)s)")
     parser.add_argument("--windows", type=int, default=1, help="windows of text (%(default)s)")
     parser.add_argument("--text", help="a UTF-8 text file (default: prose that ships with Python)")
@@ -53,6 +57,8 @@ def add(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from kvjax.calibrate.artefact import load_moments
+    from kvjax.calibrate.names import CALIBRATED
     from kvjax.evals.compare import Settings, compare
     from kvjax.evals.report import write_report
     from kvjax.evals.stamp import make_stamp
@@ -77,13 +83,31 @@ def run(args: argparse.Namespace) -> int:
         sample_method=args.samples,
     )
     for name in [*names, *([args.samples] if args.samples else [])]:
-        recipes(name)  # an unknown one is told before anything is loaded
+        if name not in CALIBRATED:
+            recipes(name)  # an unknown one is told before anything is loaded
+        elif args.calibration is None:
+            raise InputError(
+                f"method {name}",
+                got="no --calibration",
+                expected="the folder of a calibration",
+                fix=f"run `kvjax calibrate --model {args.model}` first",
+            )
     text_name, text = read_text(args.text)
     folder = options.out_folder(args.out)
     options.use_compilation_cache()
     with options.progress(len(names) + settings.windows + 3) as report:
         report(f"loading {args.model}")
         model = load(args.model)
+        if args.calibration is not None:
+            moments, made = load_moments(args.calibration, model.config)
+            settings = dataclasses.replace(settings, calibration=moments)
+            if made.text == text_name:
+                raise InputError(
+                    "--text",
+                    got=f"the text of the calibration, {made.text}",
+                    expected="another text",
+                    fix="test on a text that played no part",
+                )
         result = compare(model, text, settings, report)
     command = "kvjax " + shlex.join(sys.argv[1:])
     metrics = {

@@ -8,7 +8,7 @@ import sys
 
 from kvjax.core.errors import InputError
 
-COMMANDS = ("compare", "distortion", "generate", "describe", "memory", "models")
+COMMANDS = ("compare", "calibrate", "distortion", "generate", "describe", "memory", "models")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Codecs: combinators that hold codecs, and the leaves that hold the bits."""
 
 from kvjax.codecs.centered import Centered
+from kvjax.codecs.clipped_uniform import ClippedUniform
 from kvjax.codecs.codebook import Codebook
 from kvjax.codecs.dense import Dense
 from kvjax.codecs.e8 import E8
@@ -24,6 +25,7 @@ __all__ = [
     "E8",
     "QJL",
     "Centered",
+    "ClippedUniform",
     "Codebook",
     "Dense",
     "Dropped",

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import cache_bytes, history_bits_per_value
+from kvjax.calibrate.moments import Moments
+from kvjax.calibrate.names import CALIBRATED, get_calibrated
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
+from kvjax.core.method import Method
 from kvjax.evals.fidelity import Scores, attention_fidelity, summarize, teacher_forced
 from kvjax.evals.reference import Reference, reference_pass
 from kvjax.evals.speed import race
@@ -37,6 +40,7 @@ class Settings:
       seed: for rotations and sketches.
       rounds, steps: decode steps timed per method, interleaved; 0 rounds leave speed out.
       sample_method: continues three stretches of the text beside the full cache; None leaves it.
+      calibration: moments for the names in `kvjax.calibrate.names.CALIBRATED`.
     """
 
     methods: Sequence[str]
@@ -47,6 +51,7 @@ class Settings:
     rounds: int = 4
     steps: int = 5
     sample_method: str | None = None
+    calibration: Moments | None = None
 
 
 def compare(
@@ -58,11 +63,7 @@ def compare(
       InputError: a method, context, text or model that does not fit; NaN in a layer's K or V.
     """
     config = model.config
-    methods = [
-        get(name, config.head_dim, layout=settings.layout, seed=settings.seed)
-        for name in settings.methods
-    ]
-    plans = {method.name: make_plan(config, method) for method in methods}
+    plans = {name: make_plan(config, _method(name, model, settings)) for name in settings.methods}
     block = _block(plans, settings)
     room = _room(config.max_positions, settings)
     windows = _windows(model, text, settings)
@@ -107,6 +108,21 @@ def compare(
         "rows": rows,
         "samples": samples,
     }
+
+
+def _method(name: str, model: Model, settings: Settings) -> Method | tuple[Method, ...]:
+    layout, seed = settings.layout, settings.seed
+    if name not in CALIBRATED:
+        return get(name, model.config.head_dim, layout=layout, seed=seed)
+    if settings.calibration is None:
+        raise InputError(
+            "method",
+            got=f"{name} without calibration",
+            expected="moments of this model",
+            fix=f"run `kvjax calibrate --model {model.config.name}`, and name its folder with "
+            "--calibration",
+        )
+    return get_calibrated(name, settings.calibration, layout=layout, seed=seed)
 
 
 def _block(plans: dict[str, Plan], settings: Settings) -> int:
@@ -216,8 +232,7 @@ def _samples(
     prompts = [tokens[s : s + length].tolist() for s in starts]
     outputs = {}
     for shown, name in (("full cache", "bf16"), (sampled, sampled)):
-        method = get(name, model.config.head_dim, layout=settings.layout, seed=settings.seed)
-        plan = make_plan(model.config, method)
+        plan = make_plan(model.config, _method(name, model, settings))
         outputs[shown] = np.asarray(generate(plan, model.params, prompts, max_new=24)[0])
     assert model.tokenizer is not None  # the windows were cut with it
     decode = model.tokenizer.decode

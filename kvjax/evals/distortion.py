@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from kvjax.codecs import E8, QJL, Codebook, Linear, Normalized, Outliers, Residual, Split, Trellis
+from kvjax.codecs import (
+    E8,
+    QJL,
+    ClippedUniform,
+    Codebook,
+    Linear,
+    Normalized,
+    Outliers,
+    Residual,
+    Split,
+    Trellis,
+)
 from kvjax.codecs.uniform import Uniform
 from kvjax.core.codec import Array, Code, Codec
 from kvjax.core.errors import InputError
@@ -161,7 +172,7 @@ def _indices(codec: Codec, code: Code) -> Iterator[tuple[Array, int]]:
             yield planes.unpack(code.signs, 1, transposed=codec.transposed), 1
         case E8():
             yield planes.unpack(code, 2, transposed=codec.transposed), 2
-        case Uniform():
+        case Uniform() | ClippedUniform():
             yield planes.unpack(code.words, codec.bits, transposed=codec.transposed), codec.bits
 
 

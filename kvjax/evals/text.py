@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import re
+import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +48,60 @@ def read_text(path: str | None) -> tuple[str, str]:
             f"text {path}", got="no text", expected="some prose", fix="choose another file"
         )
     return _named(Path(path).name, text), text
+
+
+def read_docstrings() -> tuple[str, str]:
+    """A name and a text: the sentences in the docstrings of Python's standard library.
+
+    Another text than `read_text(None)`, so that one can be calibrated on and the other tested on.
+    """
+    text = "\n\n".join(s for path in _library() for s in dict.fromkeys(_sentences_of(path)))
+    return _named("docstrings of the standard library", text), text
+
+
+def sentences() -> list[str]:
+    """Sentences of Python's own documentation: the language reference that ships with it, then the
+    docstrings of the standard library. Each once, whatever its case, in a fixed order for one
+    version of Python."""
+    _, reference = read_text(None)
+    found = {s.lower(): s for s in _split(reference)}
+    for path in _library():
+        found.update((s.lower(), s) for s in _sentences_of(path))
+    return list(found.values())
+
+
+def _library() -> Iterator[Path]:
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if not {"site-packages", "dist-packages", "test", "tests", "idlelib"} & set(path.parts):
+            yield path
+
+
+def _sentences_of(path: Path) -> Iterator[str]:
+    for text in _docstrings(path):
+        yield from _split(text)
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old escapes in string literals
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # files made for lib2to3 to stumble on
+        return
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def _split(text: str) -> Iterator[str]:
+    """Sentences of 40 to 300 characters that are mostly words."""
+    for paragraph in text.split("\n\n"):
+        line = " ".join(paragraph.split())
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", line):
+            words = sum(c.isalpha() or c in " ,.;'()-`" for c in sentence)
+            if 40 <= len(sentence) <= 300 and sentence[-1] in ".!?" and words > 0.9 * len(sentence):
+                yield sentence
 
 
 def _prose(text: str) -> Iterator[str]:

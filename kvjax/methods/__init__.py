@@ -7,6 +7,7 @@ from kvjax.methods.hadamard_int import hadamard_int
 from kvjax.methods.kivi import kivi
 from kvjax.methods.naive import bf16, integer
 from kvjax.methods.names import RECIPES, get
+from kvjax.methods.oscar import oscar
 from kvjax.methods.polarquant import polarquant, polarquant_pairs
 from kvjax.methods.qjl import qjl
 from kvjax.methods.rabitq import rabitq
@@ -30,6 +31,7 @@ __all__ = [
     "kivi",
     "mxfp4",
     "nvfp4",
+    "oscar",
     "polarquant",
     "polarquant_pairs",
     "qjl",

@@ -13,8 +13,9 @@ CODECS = CORE | {"kvjax.codecs", "pallas_kernels"}
 CACHE = CODECS | {"kvjax.attention", "kvjax.cache"}
 METHODS = CODECS | {"kvjax.methods"}
 MODELS = CORE | {"kvjax.models"}
+CALIBRATE = METHODS | MODELS | {"kvjax.calibrate"}
 GENERATE = CACHE | MODELS | {"kvjax.generate"}
-EVALS = GENERATE | METHODS | {"kvjax.evals", "kvjax"}
+EVALS = GENERATE | CALIBRATE | {"kvjax.evals", "kvjax"}
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels"},
     "kvjax/core": CORE,
@@ -24,6 +25,7 @@ ALLOWED = {
     "kvjax/methods": METHODS,
     "kvjax/models": MODELS,
     "kvjax/search": CODECS | {"kvjax.search"},
+    "kvjax/calibrate": CALIBRATE,
     "kvjax/generate": GENERATE,
     "kvjax/evals": EVALS,
     "kvjax/cli": EVALS | {"kvjax.cli"},

@@ -1,0 +1,1 @@
+"""Calibration: from second moments of queries, keys and values to the arrays of codecs."""

@@ -1,0 +1,205 @@
+"""What a model's queries, keys and values look like: second moments per layer and KV head."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.core.errors import InputError
+from kvjax.models.causal import causal_attend
+from kvjax.models.config import ModelConfig, layer_runs
+from kvjax.models.decoder import Params, apply_rope, decode_layers, rope_angles, rope_frequencies
+
+Array = jax.Array
+
+SKIP = 4  # first tokens of a window are sinks: they stay exact, and look like nothing else
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Statistics of calibration tokens, float64 on the host; l layers, h KV heads, d channels.
+
+    All are after RoPE but where they say otherwise, over the tokens from position 4 of each window
+    on; queries carry the attention scale, so that `q k` is a logit.
+
+    Attributes:
+      tokens: how many were seen.
+      query_gram: `[l, h, d, d]`, mean of `q q^T` over the queries of a KV head.
+      key_mean: `[l, h, d]`. key_mean_pre: `[l, h, d]`, of the keys before RoPE.
+      key_cov: `[l, h, d, d]`, about `key_mean`. key_cov_pre: about `R_position key_mean_pre`.
+      value_mean: `[l, h, d]`. value_cov: `[l, h, d, d]`.
+      output_gram: `[l, h, d, d]`, mean over tokens of `sum_g o o^T`, outputs `o = S V`: the
+        score-weighted second moment `V^T S^T S V` of OSCAR's paper.
+      value_proxy: `[l, h, d, d]`, mean of `w_t v v^T` with `w_t ~ k_t^T query_gram k_t`: what
+        OSCAR's code has in its place.
+      out_gram: `[l, h, d, d]`, sum over the group of `W_O W_O^T`: how the model weighs outputs.
+      frequencies: `[l, d / 2]`, radians per position.
+    """
+
+    tokens: int
+    query_gram: np.ndarray
+    key_mean: np.ndarray
+    key_mean_pre: np.ndarray
+    key_cov: np.ndarray
+    key_cov_pre: np.ndarray
+    value_mean: np.ndarray
+    value_cov: np.ndarray
+    output_gram: np.ndarray
+    value_proxy: np.ndarray
+    out_gram: np.ndarray
+    frequencies: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, KV heads, channels."""
+        layers, heads, d = self.key_mean.shape
+        return layers, heads, d
+
+
+def measure_moments(
+    params: Params,
+    config: ModelConfig,
+    windows: Sequence[np.ndarray],
+    progress: Callable[[str], None] = lambda message: None,
+) -> Moments:
+    """Two exact passes over the windows: means, then second moments about them.
+
+    Memory is that of one window and the sums. The same windows give the same bits.
+
+    Args:
+      windows: `[t]` int32 each, all of one length.
+    Raises:
+      InputError: no windows, too short ones, or NaN in a layer, named.
+    """
+    if not len(windows) or len(windows[0]) <= SKIP:
+        raise InputError(
+            "calibration text",
+            got=f"{len(windows)} windows",
+            expected=f"at least one of more than {SKIP} tokens",
+            fix="give a longer text",
+        )
+    counted = len(windows) * (len(windows[0]) - SKIP)
+
+    def over_windows(one: Callable[[Array], dict[str, Array]], what: str) -> dict[str, np.ndarray]:
+        total: dict[str, np.ndarray] = {}
+        for i, tokens in enumerate(windows):
+            progress(f"{what}, window {i + 1} of {len(windows)}")
+            sums = jax.device_get(one(jnp.asarray(tokens, jnp.int32)))
+            for name, a in sums.items():
+                total[name] = total.get(name, 0.0) + np.asarray(a, np.float64)
+        return {name: a / counted for name, a in total.items()}
+
+    first = over_windows(lambda tokens: _means(params, config, tokens), "means")
+    _check_finite(first)
+    centres = {name: jnp.asarray(a, jnp.float32) for name, a in first.items()}
+    second = over_windows(lambda tokens: _products(params, config, tokens, centres), "products")
+    _check_finite(second)
+    second["query_gram"] /= config.q_per_kv
+    runs = layer_runs(config)
+    per_run = [rope_frequencies(run, config.head_dim) for run in runs]
+    frequencies = np.repeat(per_run, [run.length for run in runs], axis=0)
+    return Moments(
+        tokens=counted,
+        **first,
+        **second,
+        out_gram=_out_gram(params, config),
+        frequencies=frequencies.astype(np.float64),
+    )
+
+
+def _sum_pass(params, config: ModelConfig, tokens: Array, layer_sums, centres=None):
+    """Sums per layer of `layer_sums(q, k, v, out, pre, centre)`, as `[layers, ...]` arrays."""
+    runs = layer_runs(config)
+    positions = jnp.arange(tokens.shape[0])[None]
+    exact = causal_attend(runs, positions)
+
+    def attend(run, layer, cache, q, k, v, extra):
+        out, _ = exact(run, layer, None, q, k, v, extra)
+        cos, sin = rope_angles(runs[run], config.head_dim, positions)
+        cos, sin = cos[0, :, None], sin[0, :, None]  # [t, 1, d/2]
+        rope = lambda x, sign: apply_rope(x, cos, sign * sin)
+        some = [a[0].astype(jnp.float32) for a in (q, k, v, out)]
+        sums = layer_sums(*some, rope, extra)
+        put = lambda a, new: a.at[layer].set(new)
+        return out, jax.tree.map(put, cache, sums)
+
+    h, g, d = config.kv_heads, config.q_per_kv, config.head_dim
+    t = tokens.shape[0]
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    centre = None if centres is None else {name: spec(h, d) for name in centres}
+    rope = lambda x, sign: x
+    shapes = jax.eval_shape(
+        lambda q, k, v, o, c: layer_sums(q, k, v, o, rope, c),
+        *(spec(t, h, g, d), spec(t, h, d), spec(t, h, d), spec(t, h, g, d), centre),
+    )
+    blank = lambda run: jax.tree.map(lambda s: jnp.zeros((run.length, *s.shape)), shapes)
+    xs = None
+    if centres is not None:
+        xs = [{name: a[run.start : run.stop] for name, a in centres.items()} for run in runs]
+    _, sums, _ = decode_layers(
+        params, config, tokens[None], positions, attend, [blank(run) for run in runs], xs=xs
+    )
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *sums)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _means(params: Params, config: ModelConfig, tokens: Array) -> dict[str, Array]:
+    def layer_sums(q, k, v, out, rope, extra):
+        return {
+            "key_mean": k[SKIP:].sum(0),
+            "key_mean_pre": rope(k, -1)[SKIP:].sum(0),
+            "value_mean": v[SKIP:].sum(0),
+        }
+
+    return _sum_pass(params, config, tokens, layer_sums)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _products(params: Params, config: ModelConfig, tokens: Array, centres) -> dict[str, Array]:
+    def layer_sums(q, k, v, out, rope, centre):
+        gram = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        turning = rope(jnp.broadcast_to(centre["key_mean_pre"], k.shape), 1)
+        q, k, v, out, turning = (a[SKIP:] for a in (q, k, v, out, turning))
+        outer = lambda x: gram("thd,the->hde", x, x)
+        grouped = lambda x: gram("thgd,thge->hde", x, x)
+        query = grouped(q)
+        weight = gram("thd,hde,the->th", k, query, k)
+        weight = weight / weight.mean(0)
+        return {
+            "query_gram": query,
+            "key_cov": outer(k - centre["key_mean"]),
+            "key_cov_pre": outer(k - turning),
+            "value_cov": outer(v - centre["value_mean"]),
+            "output_gram": grouped(out),
+            "value_proxy": gram("th,thd,the->hde", weight, v, v),
+        }
+
+    return _sum_pass(params, config, tokens, layer_sums, centres)
+
+
+def _out_gram(params: Params, config: ModelConfig) -> np.ndarray:
+    """`[l, h, d, d]`: `sum_g W_O,g W_O,g^T` with `W_O,g: [d, D]`."""
+    shape = (config.kv_heads, config.q_per_kv, config.head_dim)
+    parts = []
+    for layers in params.runs:
+        wo = np.asarray(layers.wo, np.float64).reshape(layers.wo.shape[0], *shape, -1)
+        parts.append(np.einsum("lhgdw,lhgew->lhde", wo, wo, optimize=True))
+    return np.concatenate(parts)
+
+
+def _check_finite(sums: dict[str, np.ndarray]) -> None:
+    bad = {name: ~np.isfinite(a).reshape(len(a), -1).all(-1) for name, a in sums.items()}
+    first = {name: int(layers.argmax()) for name, layers in bad.items() if layers.any()}
+    if first:
+        name = min(first, key=lambda name: first[name])
+        raise InputError(
+            f"layer {first[name]}",
+            got=f"NaN or infinity in {name}",
+            expected="finite activations",
+            fix="check the weights, or use a wider dtype",
+        )

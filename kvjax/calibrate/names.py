@@ -1,0 +1,70 @@
+"""Calibrated methods by the names that the command line and tables use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+
+from kvjax.calibrate.hybrid import klt
+from kvjax.calibrate.moments import Moments
+from kvjax.calibrate.oscar import oscar_rotation, pooled, transform
+from kvjax.core.errors import InputError, known
+from kvjax.core.layout import Layout
+from kvjax.core.method import Method
+from kvjax.core.rng import fold
+from kvjax.methods.oscar import Variant, oscar
+
+Target = Literal["paper", "code"]
+Calibrated = Callable[[Moments, jax.Array], tuple[Method, ...]]  # one per layer
+
+
+def _klt(bits: int, **options) -> Calibrated:
+    return lambda moments, rng: klt(bits, moments, rng=rng, **options)
+
+
+def oscar_layers(
+    moments: Moments, *, shared: bool = False, variant: Variant = "int2", target: Target = "paper"
+) -> tuple[Method, ...]:
+    """OSCAR for every layer, in the layout of OSCAR.
+
+    Args:
+      shared: one rotation for all KV heads of a layer (the first release), or one for each.
+      target: what values are rotated for: the moment of attention outputs, as in the paper, or the
+        proxy of the released code.
+    """
+    values = moments.output_gram if target == "paper" else moments.value_proxy
+    grams = moments.query_gram, values  # [l, h, d, d]
+    key, value = (oscar_rotation(pooled(gram) if shared else gram) for gram in grams)
+    return tuple(
+        oscar(transform(k), transform(v), variant=variant) for k, v in zip(key, value, strict=True)
+    )
+
+
+CALIBRATED: dict[str, Calibrated] = {
+    **{f"klt-{b}": _klt(b) for b in (2, 3, 4)},
+    **{f"klt-after-rope-{b}": _klt(b, mean="after_rope") for b in (2, 3, 4)},
+    **{f"klt-lloyd-max-{b}": _klt(b, leaf="lloyd_max") for b in (2, 3, 4)},
+    "oscar": lambda moments, rng: oscar_layers(moments),
+    "oscar-shared": lambda moments, rng: oscar_layers(moments, shared=True),
+    "oscar-lloyd-max": lambda moments, rng: oscar_layers(moments, variant="lloyd_max"),
+}
+
+
+def get_calibrated(
+    name: str, moments: Moments, *, layout: Layout | None = None, seed: int = 0
+) -> tuple[Method, ...]:
+    """The calibrated method called `name`, one `Method` per layer.
+
+    Raises:
+      InputError: an unknown name; lists the known ones.
+    """
+    if name not in CALIBRATED:
+        raise InputError(
+            "calibrated method", got=repr(name), expected=known(CALIBRATED), fix="use one of these"
+        )
+    rng = fold(jax.random.key(seed), "methods")
+    made = CALIBRATED[name](moments, rng)
+    return tuple(dataclasses.replace(m, layout=layout or Layout(), name=name) for m in made)

@@ -1,0 +1,87 @@
+"""`kvjax calibrate`: what a model's queries, keys and values look like, for calibrated methods."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from kvjax.cli import options
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="measure a model's queries, keys and values, for attention-aware methods",
+        description="Two exact passes over a text. Writes OUT/moments.safetensors, which "
+        "`kvjax compare --calibration OUT` takes. Never calibrate on the text you test on.",
+    )
+    parser.add_argument(
+        "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
+    )
+    parser.add_argument(
+        "--text", help="a UTF-8 text file (default: docstrings of Python's standard library)"
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="to look at (%(default)s)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens per window (%(default)s)")
+    parser.add_argument("--out", help="folder (default: runs/calibration/MODEL)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import kvjax
+    from kvjax.calibrate.artefact import Provenance, save_moments
+    from kvjax.calibrate.moments import measure_moments
+    from kvjax.cli.compare import write_json
+    from kvjax.core.errors import InputError
+    from kvjax.evals.stamp import make_stamp
+    from kvjax.evals.text import cut_windows, read_docstrings, read_text
+    from kvjax.models.load import load
+
+    context = options.positive("--context", args.context)
+    windows = options.positive("--tokens", args.tokens) // context
+    if windows < 1:
+        raise InputError(
+            "--tokens",
+            got=args.tokens,
+            expected=f"at least one window of {context}",
+            fix="raise it, or lower --context",
+        )
+    name, text = read_text(args.text) if args.text else read_docstrings()
+    options.use_compilation_cache()
+    with options.progress(2 * windows + 1) as report:
+        report(f"loading {args.model}")
+        model = load(args.model)
+        if model.tokenizer is None:
+            raise InputError(
+                "--model",
+                got="one without a tokenizer",
+                expected="a tokenizer.json beside the weights",
+                fix="add it to the folder",
+            )
+        if context > model.config.max_positions:
+            raise InputError(
+                "--context",
+                got=f"{context} tokens",
+                expected=f"at most the {model.config.max_positions} positions of the model",
+                fix="lower it",
+            )
+        folder = options.out_folder(args.out or f"runs/calibration/{model.config.name}")
+        cut = cut_windows(model.tokenizer, text, context=context, windows=windows)
+        moments = measure_moments(model.params, model.config, list(cut), report)
+    layers, heads, d = moments.shape
+    if moments.tokens < 8 * d:
+        print(
+            f"kvjax: {moments.tokens} tokens for matrices of {d} channels: fewer than {8 * d} fit "
+            "them loosely; give more --tokens",
+            file=sys.stderr,
+        )
+    about = Provenance(model.config.name, name, kvjax.__version__, moments.tokens, context)
+    path = save_moments(moments, folder, about)
+    stamp = make_stamp(seed=0, command="kvjax " + shlex.join(sys.argv[1:]))
+    write_json(folder / "stamp.json", stamp)
+    print(
+        f"{model.config.name}: {layers} layers, {heads} KV heads of {d}; {moments.tokens} tokens "
+        f"of {name}\nwrote {path}"
+    )
+    return 0
