@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.cli.compare import write_json
     from kvjax.core.errors import InputError
     from kvjax.evals.stamp import make_stamp
-    from kvjax.evals.text import cut_windows, read_docstrings, read_text
+    from kvjax.evals.text import model_windows, read_docstrings, read_text
     from kvjax.models.load import load
 
     context = options.positive("--context", args.context)
@@ -52,22 +52,8 @@ def run(args: argparse.Namespace) -> int:
     with options.progress(2 * windows + 1) as report:
         report(f"loading {args.model}")
         model = load(args.model)
-        if model.tokenizer is None:
-            raise InputError(
-                "--model",
-                got="one without a tokenizer",
-                expected="a tokenizer.json beside the weights",
-                fix="add it to the folder",
-            )
-        if context > model.config.max_positions:
-            raise InputError(
-                "--context",
-                got=f"{context} tokens",
-                expected=f"at most the {model.config.max_positions} positions of the model",
-                fix="lower it",
-            )
+        cut = model_windows(model, text, context=context, windows=windows)
         folder = options.out_folder(args.out or f"runs/calibration/{model.config.name}")
-        cut = cut_windows(model.tokenizer, text, context=context, windows=windows)
         moments = measure_moments(model.params, model.config, list(cut), report)
     layers, heads, d = moments.shape
     if moments.tokens < 8 * d:

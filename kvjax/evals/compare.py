@@ -20,7 +20,7 @@ from kvjax.core.method import Method
 from kvjax.evals.fidelity import Scores, attention_fidelity, summarize, teacher_forced
 from kvjax.evals.reference import Reference, reference_pass
 from kvjax.evals.speed import race
-from kvjax.evals.text import cut_windows
+from kvjax.evals.text import model_windows
 from kvjax.generate.loop import State, generate
 from kvjax.generate.plan import Plan, check_finite, init_caches, make_plan
 from kvjax.methods import get
@@ -66,7 +66,7 @@ def compare(
     plans = {name: make_plan(config, _method(name, model, settings)) for name in settings.methods}
     block = _block(plans, settings)
     room = _room(config.max_positions, settings)
-    windows = _windows(model, text, settings)
+    windows = model_windows(model, text, context=settings.context, windows=settings.windows)
     references = []
     for i, tokens in enumerate(windows):
         progress(f"full cache, window {i + 1} of {len(windows)}")
@@ -146,24 +146,6 @@ def _room(positions: int, settings: Settings) -> int:
     """Tokens that the timed steps add after the context; 0 leaves speed out."""
     wanted = (settings.rounds + 1) * settings.steps if settings.rounds else 0
     return wanted if settings.context + wanted <= positions else 0
-
-
-def _windows(model: Model, text: str, settings: Settings) -> np.ndarray:
-    if model.tokenizer is None:
-        raise InputError(
-            "model",
-            got="one without a tokenizer",
-            expected="a tokenizer.json beside the weights",
-            fix="add it to the folder",
-        )
-    if settings.context > model.config.max_positions:
-        raise InputError(
-            "context",
-            got=f"{settings.context} tokens",
-            expected=f"at most the {model.config.max_positions} positions of {model.config.name}",
-            fix="use a shorter context, or a model with more positions",
-        )
-    return cut_windows(model.tokenizer, text, context=settings.context, windows=settings.windows)
 
 
 def _quality(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kvjax.core.errors import InputError
+from kvjax.models.load import Model
 from kvjax.models.tokenizer import Tokenizer
 
 
@@ -118,6 +119,29 @@ def _prose(text: str) -> Iterator[str]:
 
 def _named(name: str, text: str) -> str:
     return f"{name} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+
+def model_windows(model: Model, text: str, *, context: int, windows: int) -> np.ndarray:
+    """`cut_windows` with a model's own tokenizer.
+
+    Raises:
+      InputError: a model without one, or with fewer positions; a text too short.
+    """
+    if model.tokenizer is None:
+        raise InputError(
+            "model",
+            got="one without a tokenizer",
+            expected="a tokenizer.json beside the weights",
+            fix="add it to the folder",
+        )
+    if context > model.config.max_positions:
+        raise InputError(
+            "context",
+            got=f"{context} tokens",
+            expected=f"at most the {model.config.max_positions} positions of {model.config.name}",
+            fix="use a shorter context, or a model with more positions",
+        )
+    return cut_windows(model.tokenizer, text, context=context, windows=windows)
 
 
 def cut_windows(tokenizer: Tokenizer, text: str, *, context: int, windows: int) -> np.ndarray:
