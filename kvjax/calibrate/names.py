@@ -15,7 +15,9 @@ from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
 from kvjax.core.rng import fold
+from kvjax.methods.names import get, recipes
 from kvjax.methods.oscar import Variant, oscar
+from kvjax.models.config import ModelConfig
 
 Target = Literal["paper", "code"]
 Calibrated = Callable[[Moments, jax.Array], tuple[Method, ...]]  # one per layer
@@ -68,3 +70,41 @@ def get_calibrated(
     rng = fold(jax.random.key(seed), "methods")
     made = CALIBRATED[name](moments, rng)
     return tuple(dataclasses.replace(m, layout=layout or Layout(), name=name) for m in made)
+
+
+def get_for_model(
+    name: str,
+    config: ModelConfig,
+    moments: Moments | None = None,
+    *,
+    layout: Layout | None = None,
+    seed: int = 0,
+) -> Method | tuple[Method, ...]:
+    """Any method by name, calibrated or not, as `make_plan` takes it.
+
+    Raises:
+      InputError: an unknown name, or a calibrated one without moments.
+    """
+    if name not in CALIBRATED:
+        return get(name, config.head_dim, layout=layout, seed=seed)
+    if moments is None:
+        raise InputError(
+            f"method {name}",
+            got="no calibration",
+            expected="moments of this model",
+            fix=f"run `kvjax calibrate --model {config.name}`, and name its folder: --calibration",
+        )
+    return get_calibrated(name, moments, layout=layout, seed=seed)
+
+
+def check_name(name: str, calibration: object) -> None:
+    """Raises `InputError` for an unknown name, or a calibrated one where `calibration` is None."""
+    if name not in CALIBRATED:
+        recipes(name)
+    elif calibration is None:
+        raise InputError(
+            f"method {name}",
+            got="no --calibration",
+            expected="the folder of a calibration",
+            fix="run `kvjax calibrate` first",
+        )

@@ -34,9 +34,7 @@ def add(subparsers) -> None:
         help="comma-separated names; KEYS/VALUES mixes two; an unknown name lists them all "
         "(%(default)s)",
     )
-    parser.add_argument(
-        "--calibration", help="folder that `kvjax calibrate` wrote, for methods such as klt-2"
-    )
+    options.add_calibration(parser)
     parser.add_argument("--context", type=int, default=2048, help="tokens per window (%(default)s)")
     parser.add_argument("--windows", type=int, default=1, help="windows of text (%(default)s)")
     parser.add_argument("--text", help="a UTF-8 text file (default: prose that ships with Python)")
@@ -58,13 +56,12 @@ def add(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kvjax.calibrate.artefact import load_moments
-    from kvjax.calibrate.names import CALIBRATED
+    from kvjax.calibrate.names import check_name
     from kvjax.evals.compare import Settings, compare
     from kvjax.evals.report import write_report
     from kvjax.evals.stamp import make_stamp
     from kvjax.evals.table import print_table
     from kvjax.evals.text import read_text
-    from kvjax.methods.names import recipes
     from kvjax.models.load import load
 
     layout = options.layout_of(args)
@@ -83,15 +80,7 @@ def run(args: argparse.Namespace) -> int:
         sample_method=args.samples,
     )
     for name in [*names, *([args.samples] if args.samples else [])]:
-        if name not in CALIBRATED:
-            recipes(name)  # an unknown one is told before anything is loaded
-        elif args.calibration is None:
-            raise InputError(
-                f"method {name}",
-                got="no --calibration",
-                expected="the folder of a calibration",
-                fix=f"run `kvjax calibrate --model {args.model}` first",
-            )
+        check_name(name, args.calibration)  # told before anything is loaded
     text_name, text = read_text(args.text)
     folder = options.out_folder(args.out)
     options.use_compilation_cache()

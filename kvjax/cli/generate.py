@@ -28,14 +28,15 @@ def add(subparsers) -> None:
         "--temperature", type=float, default=0.0, help="0 takes the best token (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="for sampling (%(default)s)")
+    options.add_calibration(parser)
     options.add_layout(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from kvjax.methods.names import recipes
+    from kvjax.calibrate.names import check_name, get_for_model
 
-    recipes(args.method)
+    check_name(args.method, args.calibration)
     layout = options.layout_of(args)
     options.positive("--max-new", args.max_new)
     if args.temperature < 0:
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
+    from kvjax.calibrate.artefact import load_moments
     from kvjax.generate import check_finite, make_plan, start, step
-    from kvjax.methods import get
     from kvjax.models.load import load
 
     options.use_compilation_cache()
@@ -63,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
                 expected="a tokenizer.json beside the weights",
                 fix="add it to the folder",
             )
-        method = get(args.method, model.config.head_dim, layout=layout, seed=args.seed)
+        moments = None
+        if args.calibration is not None:
+            moments, _ = load_moments(args.calibration, model.config)
+        method = get_for_model(args.method, model.config, moments, layout=layout, seed=args.seed)
         plan = make_plan(model.config, method)
         ids = (
             model.tokenizer.chat([{"role": "user", "content": prompt}])

@@ -26,6 +26,12 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page", type=int, default=64, help="tokens packed together (%(default)s)")
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration", help="folder that `kvjax calibrate` wrote, for methods such as klt-2"
+    )
+
+
 def layout_of(args: argparse.Namespace) -> Layout:
     return Layout(sink=args.sink, recent=args.recent, page=args.page)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvjax.cache import cache_bytes, history_bits_per_value
 from kvjax.calibrate.moments import Moments
-from kvjax.calibrate.names import CALIBRATED, get_calibrated
+from kvjax.calibrate.names import get_for_model
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
@@ -23,7 +23,6 @@ from kvjax.evals.speed import race
 from kvjax.evals.text import model_windows
 from kvjax.generate.loop import State, generate
 from kvjax.generate.plan import Plan, check_finite, init_caches, make_plan
-from kvjax.methods import get
 from kvjax.models.load import Model
 
 Progress = Callable[[str], None]
@@ -111,18 +110,8 @@ def compare(
 
 
 def _method(name: str, model: Model, settings: Settings) -> Method | tuple[Method, ...]:
-    layout, seed = settings.layout, settings.seed
-    if name not in CALIBRATED:
-        return get(name, model.config.head_dim, layout=layout, seed=seed)
-    if settings.calibration is None:
-        raise InputError(
-            "method",
-            got=f"{name} without calibration",
-            expected="moments of this model",
-            fix=f"run `kvjax calibrate --model {model.config.name}`, and name its folder with "
-            "--calibration",
-        )
-    return get_calibrated(name, settings.calibration, layout=layout, seed=seed)
+    moments, layout = settings.calibration, settings.layout
+    return get_for_model(name, model.config, moments, layout=layout, seed=settings.seed)
 
 
 def _block(plans: dict[str, Plan], settings: Settings) -> int:
