@@ -55,7 +55,7 @@ def check_values(real: Array, **arrays: Array) -> None:
       real: `[b]` or `[b, t]` bool, the tokens that count; arrays lead with the same axes.
     """
     for name, a in arrays.items():
-        if isinstance(a, jax.core.Tracer) or isinstance(real, jax.core.Tracer):
+        if isinstance(a, jax.core.Tracer) or isinstance(real, jax.core.Tracer) or not a.size:
             continue
         finite = np.isfinite(np.asarray(a, np.float32)).reshape(*real.shape, -1).all(-1)
         bad = (np.asarray(real) & ~finite).reshape(len(real), -1).any(-1)

@@ -47,7 +47,7 @@ def append(
     active = jnp.ones(k.shape[0], bool) if active is None else active
     check_values(active, k=k, v=v)
     position = cache.length[layer]
-    check_room(cache, position + active)
+    check_room(cache, jnp.where(active, position + 1, 0))
     slot = jnp.where(active, window_slot(layout, cache, position), cache.window_key.shape[3])
     rows = jnp.arange(k.shape[0])
     put = lambda a, new: a.at[layer, rows, :, slot].set(_kept(new, a), mode="drop")
@@ -130,7 +130,7 @@ def extend(
     scale = d**-0.5 if scale is None else scale
     count = jnp.full((b,), t, jnp.int32) if count is None else count
     before = cache.length[layer]  # [b]
-    check_room(cache, before + count)
+    check_room(cache, jnp.where(count > 0, before + count, 0))
     offsets = jnp.arange(t)
     check_values(offsets < count[:, None], q=q, k=k, v=v)
     positions = before[:, None] + offsets  # [b, t]
@@ -179,7 +179,11 @@ def prefill(
     Raises:
       InputError: what `extend` refuses.
     """
-    check_values(jnp.ones(k.shape[:2], bool), k=k, v=v)
+    arrays = {"k": k, "v": v} if q is None else {"k": k, "v": v, "q": q}
+    check_shapes(cache, layer, tokens=k.shape[1:2], **arrays)
+    check_values(jnp.ones(k.shape[:2], bool), **arrays)
+    if not k.shape[1]:
+        return q, cache
     check_room(cache, cache.length[layer] + k.shape[1])
     t, block = k.shape[1], min(block or method.layout.page, k.shape[1])
     whole = t - t % block

@@ -65,7 +65,7 @@ def save_moments(moments: Moments, folder: str | os.PathLike, provenance: Proven
 def load_moments(
     folder: str | os.PathLike, config: ModelConfig | None = None
 ) -> tuple[Moments, Provenance]:
-    """What `save_moments` wrote; with a config, only if it is for that model.
+    """What `save_moments` wrote; with a config, only for a model of that name and those sizes.
 
     Args:
       folder: the folder, or the file in it.

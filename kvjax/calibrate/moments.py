@@ -35,8 +35,8 @@ class Moments:
       value_mean: `[l, h, d]`. value_cov: `[l, h, d, d]`.
       output_gram: `[l, h, d, d]`, mean over tokens of `sum_g o o^T`, outputs `o = S V`: the
         score-weighted second moment `V^T S^T S V` of OSCAR's paper.
-      value_proxy: `[l, h, d, d]`, mean of `w_t v v^T` with `w_t ~ k_t^T query_gram k_t`: what
-        OSCAR's code has in its place.
+      value_proxy: `[l, h, d, d]`, mean of `w_t v v^T` with `w_t ~ k_t^T G k_t`, G the Gram of the
+        window's own queries: what OSCAR's code has in its place.
       out_gram: `[l, h, d, d]`, sum over the group of `W_O W_O^T`: how the model weighs outputs.
       frequencies: `[l, d / 2]`, radians per position.
     """

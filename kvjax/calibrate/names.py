@@ -15,7 +15,7 @@ from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
 from kvjax.core.rng import fold
-from kvjax.methods.names import get, recipes
+from kvjax.methods.names import RECIPES, get, recipes
 from kvjax.methods.oscar import Variant, oscar
 from kvjax.models.config import ModelConfig
 
@@ -99,6 +99,14 @@ def get_for_model(
 
 def check_name(name: str, calibration: object) -> None:
     """Raises `InputError` for an unknown name, or a calibrated one where `calibration` is None."""
+    parts = set(name.split("/"))
+    if name not in CALIBRATED and not parts <= set(RECIPES):
+        raise InputError(
+            "method",
+            got=repr(name),
+            expected=known([*RECIPES, *CALIBRATED]),
+            fix="use one of these names, or KEYS/VALUES to mix two that need no calibration",
+        )
     if name not in CALIBRATED:
         recipes(name)
     elif calibration is None:

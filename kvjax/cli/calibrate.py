@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         report(f"loading {args.model}")
         model = load(args.model)
         cut = model_windows(model, text, context=context, windows=windows)
-        folder = options.out_folder(args.out or f"runs/calibration/{model.config.name}")
+        folder = options.out_folder(args.out or f"runs/calibration/{_plain(model.config.name)}")
         moments = measure_moments(model.params, model.config, list(cut), report)
     layers, heads, d = moments.shape
     if moments.tokens < 8 * d:
@@ -71,3 +72,8 @@ def run(args: argparse.Namespace) -> int:
         f"of {name}\nwrote {path}"
     )
     return 0
+
+
+def _plain(name: str) -> str:
+    """A name as a folder: what a model file calls itself is not to be trusted with a path."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"

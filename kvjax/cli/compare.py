@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if args.calibration is not None:
             moments, made = load_moments(args.calibration, model.config)
             settings = dataclasses.replace(settings, calibration=moments)
-            if made.text == text_name:
+            if made.text.rpartition("sha256")[2] == text_name.rpartition("sha256")[2]:
                 raise InputError(
                     "--text",
                     got=f"the text of the calibration, {made.text}",

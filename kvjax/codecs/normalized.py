@@ -41,7 +41,7 @@ class Normalized(Codec):
     With `search` > 1 each vector is also tried at that many lengths between `1 - spread` and
     `1 + spread` on its way to the inner codec, and the code of best direction (largest cosine) is
     kept: `search` + 1 times the work of encoding, none of decoding. It makes the unbiased error
-    1, 5 and 13 % less at 2, 3 and 4 bits of Lloyd-Max.
+    1, 6 and 16 % less at 2, 3 and 4 bits of Lloyd-Max.
 
     A zero vector comes back as exact zeros. NaN or infinity in a vector makes that vector NaN, and
     no other. Lengths have the range of float32, in bf16 by default, whose rounding adds 1e-6 of
@@ -49,7 +49,8 @@ class Normalized(Codec):
 
     Args:
       metric: `[d]`, or `[h, 1, 1, d]`: how much errors of each channel matter. The gain is then the
-        one for `sum metric u u_hat`; the norm stays the plain one. None is all alike.
+        one for `sum metric u u_hat`, and an unbiased one is 1 where it would be 2 or more; the
+        norm stays the plain one. None is all alike.
 
     Source: TurboQuant stores the norm (arXiv 2504.19874; bf16 in its code); unbiased gain: arXiv
     2604.18555; the search is RaBitQ's (arXiv 2409.09913), on any inner grid.
@@ -91,6 +92,8 @@ class Normalized(Codec):
         x = x / largest
         norm = jnp.linalg.norm(x, axis=-1)  # [..., t]
         unit = x / jnp.where(norm > 0, norm, 1)[..., None]
+        # A page may be coded as one: what is not finite must not reach its neighbours.
+        unit = jnp.where(jnp.isfinite(norm)[..., None], unit, 0)
         length = self._best_length(unit, positions)
         code = self.inner.encode(unit * length, positions)
         scale = norm * largest[..., 0] * self._gain(unit, code) / self._used(length)
@@ -120,14 +123,17 @@ class Normalized(Codec):
         if self.gain == "none":
             return 1.0
         decoded = self.inner.decode(code)
-        weight = 1.0 if self.metric is None else self.metric
+        weight: Array | float = 1.0
+        if self.metric is not None:  # so that sum weight unit^2 is 1, as it is without a metric
+            weight = self.metric / _positive((self.metric * unit**2).sum(-1, keepdims=True))
         length2 = (weight * decoded**2).sum(-1)
         along = (weight * unit * decoded).sum(-1)
-        own2 = 1.0 if self.metric is None else (weight * unit**2).sum(-1)
         if self.gain == "norm":
-            return jnp.sqrt(own2 / _positive(length2))
+            return 1 / jnp.sqrt(_positive(length2))
         if self.gain == "unbiased":
-            return own2 / jnp.where(along > 0, along, 1)
+            # Where a metric sees one coordinate only, and that one came out small, no gain helps.
+            least = 0.0 if self.metric is None else 0.5
+            return 1 / jnp.where(along > least, along, 1)
         return along / _positive(length2)
 
     def decode(self, code: NormalizedCode) -> Array:

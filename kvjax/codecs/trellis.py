@@ -42,7 +42,7 @@ class Trellis(Codec):
     neighbours and a dozen operations, no table. It is the leaf with the least error: at 2 bits, on
     normal values, 0.070 where Lloyd-Max has 0.117, the E8 lattice 0.092, and the bound is 0.0625.
     Short vectors meet their own beginning early: 0.074 at 64 channels, 0.102 at 24. Encoding costs
-    4096 candidates per value, some hundred times what `Codebook` costs.
+    4096 candidates per value, some hundreds of times what `Codebook` costs.
 
     Args:
       bits: 1 to 5.

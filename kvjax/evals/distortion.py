@@ -18,13 +18,16 @@ from jax.typing import ArrayLike
 from kvjax.codecs import (
     E8,
     QJL,
+    Centered,
     ClippedUniform,
     Codebook,
     Linear,
     Normalized,
     Outliers,
     Residual,
+    RotaryMean,
     Split,
+    Tiers,
     Trellis,
 )
 from kvjax.codecs.uniform import Uniform
@@ -158,8 +161,13 @@ def _indices(codec: Codec, code: Code) -> Iterator[tuple[Array, int]]:
     match codec:
         case Linear():
             yield from _indices(codec.inner, code)
-        case Normalized():
+        case Centered():
+            yield from _indices(codec.inner, code)
+        case Normalized() | RotaryMean():
             yield from _indices(codec.inner, code.code)
+        case Tiers():
+            for child, part in zip(codec.codecs, code, strict=True):
+                yield from _indices(child, part)
         case Residual() | Split():
             yield from _indices(codec.first, code[0])
             yield from _indices(codec.second, code[1])

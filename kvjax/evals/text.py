@@ -72,8 +72,9 @@ def sentences() -> list[str]:
 
 
 def _library() -> Iterator[Path]:
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "tests", "idlelib"} & set(path.parts):
+    root, other = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages", "idlelib"}
+    for path in sorted(root.rglob("*.py")):
+        if not (other | {"test", "tests"}) & set(path.relative_to(root).parts):
             yield path
 
 

@@ -50,7 +50,7 @@ def of_model(model, text: str, *, pages: int, page: int) -> tuple[Vectors, Vecto
     """Keys (after RoPE) and values of a model on some text, from heads spread over all layers.
 
     Each page is the last `page` tokens of a window of four pages, seen by one head. Keys come with
-    the queries of their own head, centred pages and all; values with random unit ones, for they
+    the queries of their own head at positions in that page; values with random unit ones, for they
     meet softmax weights, not queries.
 
     Returns:
@@ -59,17 +59,15 @@ def of_model(model, text: str, *, pages: int, page: int) -> tuple[Vectors, Vecto
       InputError: a text that is too short.
     """
     from kvjax.evals.reference import reference_pass
+    from kvjax.evals.text import model_windows
 
     window = 4 * page
-    tokens = model.tokenizer.encode(text[: 40 * window])[:window]
-    if len(tokens) < window:
-        raise InputError(
-            "text", got=f"{len(tokens)} tokens", expected=f"{window}", fix="give a longer text"
-        )
+    tokens = model_windows(model, text, context=window, windows=1)[0]
     seen = reference_pass(model.params, model.config, jnp.asarray(tokens, jnp.int32))
     heads = lambda runs: np.concatenate([np.asarray(a).reshape(-1, *a.shape[2:]) for a in runs])
     key, value = heads(seen.key), heads(seen.value)  # [l * h, t, d]
-    query = heads([a.transpose(0, 2, 1, 3, 4) for a in seen.query])  # [l * h, n, g, d]
+    late = np.asarray(seen.probes) >= window - page  # those that see the page, or most of it
+    query = heads([a.transpose(0, 2, 1, 3, 4)[:, :, late] for a in seen.query])  # [l * h, n, g, d]
     query = query.reshape(len(query), -1, query.shape[-1])
     chosen = np.linspace(0, len(key) - 1, min(pages, len(key))).astype(int)
     some = np.linspace(0, query.shape[1] - 1, QUERIES).astype(int)

@@ -200,6 +200,34 @@ def test_one_token_too_many_raises_outside_jit():
         kvjax.prefill(method, cache, k, v)
 
 
+def test_a_full_sequence_that_waits_stops_no_other():
+    method = exact(kvjax.Layout(sink=0, recent=0, page=16))
+    q, k, v = tokens(2, 18)
+    cache = empty(method, 2, capacity=17)
+    count = jnp.array([17, 3])
+    _, cache = extend(method, cache, q[:, :17], k[:, :17], v[:, :17], count=count)
+    cache = kvjax.append(method, cache, k[:, 17], v[:, 17], active=jnp.array([False, True]))
+    _, cache = kvjax.extend(method, cache, q[:, 17:], k[:, 17:], v[:, 17:], count=jnp.array([0, 1]))
+    np.testing.assert_array_equal(cache.length[0], [17, 5])
+
+
+def test_prefill_checks_all_that_it_is_given():
+    method = exact(kvjax.Layout(sink=0, recent=0, page=16))
+    q, k, v = tokens(1, 16)
+    cache = empty(method, 1)
+    with pytest.raises(kvjax.InputError, match="v: got shape"):
+        kvjax.prefill(method, cache, k, v[:, :15])
+    with pytest.raises(kvjax.InputError, match="k: got shape"):
+        kvjax.prefill(method, cache, k[0], v[0])
+    bad = q.copy()
+    bad[0, 3] = np.inf
+    with pytest.raises(kvjax.InputError, match="q: got NaN or infinity"):
+        kvjax.prefill(method, cache, k, v, q=bad)
+    out, same = kvjax.prefill(method, cache, k[:, :0], v[:, :0])
+    assert out is None
+    assert same is cache
+
+
 def test_what_is_not_finite_raises_outside_jit():
     method = exact(kvjax.Layout(sink=0, recent=0, page=16))
     q, k, v = tokens(2, 2)

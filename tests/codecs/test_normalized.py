@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.codecs import Codebook, Normalized, distortion
+from kvjax.codecs import Codebook, Normalized, Trellis, distortion
 from kvjax.codecs.normalized import GAINS
 from kvjax.core.errors import InputError
 
@@ -123,3 +123,36 @@ def test_uniform_book_is_the_best_uniform_one():
         assert error(1.0) < min(error(0.95), error(1.05))
     with pytest.raises(InputError, match="bits"):
         Codebook.uniform(None, 9)
+
+
+def test_what_is_not_finite_does_not_reach_the_path_it_shares():
+    """Trellis paths along tokens code a page as one; the other tokens must not notice."""
+    x = np.random.default_rng(15).normal(size=(64, 16)).astype(np.float32)
+    codec = Normalized(Trellis(2, std=0.25, axis="tokens"), gain="unbiased")
+    blank, broken = x.copy(), x.copy()
+    blank[30], broken[30] = 0, np.nan
+    expected, x_hat = compiled()(codec, blank), np.asarray(compiled()(codec, broken))
+    assert np.isnan(x_hat[30]).all()
+    np.testing.assert_array_equal(np.delete(x_hat, 30, 0), np.delete(expected, 30, 0))
+
+
+def test_gain_stays_sane_where_one_coordinate_is_all_that_counts():
+    """There a metric's inner product can vanish, or be negative; lengths must not explode."""
+    x = np.random.default_rng(16).normal(size=(256, 64)).astype(np.float32)
+    for scale in (1.0, 1e4):
+        metric = jnp.full(64, scale).at[0].set(1e3 * scale)
+        codec = Normalized(Trellis(2, std=0.125, axis="tokens"), gain="unbiased", metric=metric)
+        ratio = np.linalg.norm(compiled()(codec, x), axis=1) / np.linalg.norm(x, axis=1)
+        assert ratio.max() < 2.5
+
+
+def test_a_metric_of_ones_is_no_metric():
+    x = sphere(64, 17)
+    for gain in GAINS:
+        plain, metric = (
+            Normalized(Codebook.lloyd_max(D, 3), gain=gain, metric=m, scale_dtype="float32")
+            for m in (None, jnp.full(D, 7.0))
+        )
+        np.testing.assert_allclose(
+            compiled()(metric, x), compiled()(plain, x), rtol=1e-5, atol=1e-7
+        )
