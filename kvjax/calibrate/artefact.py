@@ -1,4 +1,4 @@
-"""Calibration on disk: one safetensors file with the moments and where they come from."""
+"""Calibration on disk: the moments and where they come from, in safetensors or orbax."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from kvjax.calibrate import orbax_file
+from kvjax.calibrate.fingerprint import fingerprint
 from kvjax.calibrate.moments import Moments
 from kvjax.core.errors import InputError
 from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Params
 
-FORMAT, VERSION = "kvjax.calibrate.Moments", "1"
-FILE = "moments.safetensors"
+Format = Literal["safetensors", "orbax"]
+
+FORMAT, VERSION = "kvjax.calibrate.Moments", "2"
+FILE, CHECKPOINT = "moments.safetensors", "moments.orbax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Provenance:
     Attributes:
       model: its name. text: its name and hash. kvjax: the version.
       tokens: that were counted. context: tokens per window.
+      weights: the model's `fingerprint`; None in files of version 1, which had none.
     """
 
     model: str
@@ -34,24 +40,50 @@ class Provenance:
     kvjax: str
     tokens: int
     context: int
+    weights: str | None = None
 
 
-def save_moments(moments: Moments, folder: str | os.PathLike, provenance: Provenance) -> Path:
-    """Writes `moments.safetensors` into `folder`, whole or not at all; float32.
+def save_moments(
+    moments: Moments,
+    folder: str | os.PathLike,
+    provenance: Provenance,
+    format: Format = "safetensors",
+) -> Path:
+    """Writes `moments.safetensors` or `moments.orbax` into `folder`; float32.
 
-    The same moments and provenance give the same bytes: it has no date.
+    The safetensors file replaces an older one whole or not at all, and the same moments and
+    provenance give the same bytes: it has no date. An orbax checkpoint is a folder, is dated, and
+    an older one is deleted before it is written.
+
+    Raises:
+      InputError: an unknown format, a folder that cannot be written, or a provenance without the
+        fingerprint of the weights.
     """
-    names = [f.name for f in dataclasses.fields(Moments) if f.name != "tokens"]
-    tensors = {name: np.asarray(getattr(moments, name), np.float32) for name in names}
+    if format not in get_args(Format):
+        raise InputError(
+            "format", got=repr(format), expected=f"one of {get_args(Format)}", fix="name one"
+        )
+    if not provenance.weights:
+        raise InputError(
+            "provenance",
+            got="no fingerprint of the weights",
+            expected="that of the model that was measured",
+            fix="set weights=fingerprint(params)",
+        )
+    given = {f.name: getattr(moments, f.name) for f in dataclasses.fields(Moments)}
+    tensors = {
+        name: np.asarray(a, np.float32)
+        for name, a in given.items()
+        if name != "tokens" and a is not None
+    }
     facts = {"format": FORMAT, "version": VERSION, "provenance": dataclasses.asdict(provenance)}
-    # One key: the order of several would differ from run to run.
-    about = {"kvjax": json.dumps(facts, sort_keys=True)}
-    path = Path(folder).expanduser() / FILE
-    partial = path.with_suffix(".partial")
+    path = Path(folder).expanduser() / (FILE if format == "safetensors" else CHECKPOINT)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, about)
-        os.replace(partial, path)
+        if format == "orbax":
+            orbax_file.write(path, tensors, facts)
+        else:
+            _write_safetensors(path, tensors, facts)
     except OSError as error:
         raise InputError(
             str(path),
@@ -63,26 +95,29 @@ def save_moments(moments: Moments, folder: str | os.PathLike, provenance: Proven
 
 
 def load_moments(
-    folder: str | os.PathLike, config: ModelConfig | None = None
+    folder: str | os.PathLike, config: ModelConfig | None = None, params: Params | None = None
 ) -> tuple[Moments, Provenance]:
-    """What `save_moments` wrote; with a config, only for a model of that name and those sizes.
+    """What `save_moments` wrote, in either format.
 
     Args:
-      folder: the folder, or the file in it.
+      folder: the folder, or the file or checkpoint in it.
+      config: only moments of a model of that name and those sizes will do.
+      params: only moments of those weights will do; files of version 1 cannot tell, and pass.
     Raises:
-      InputError: no such file, a damaged one, another version, or another model.
+      InputError: no such file, a damaged one, another version, another model or other weights, or a
+        folder with both formats.
     """
-    path = Path(folder).expanduser()
-    path = path / FILE if path.is_dir() else path
+    path = _find(Path(folder).expanduser())
     try:
-        if not path.is_file():
-            raise FileNotFoundError("no such file")
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads((file.metadata() or {})["kvjax"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if (facts["format"], facts["version"]) != (FORMAT, VERSION):
+        if path.is_dir():
+            tensors, facts = orbax_file.read(path)
+        else:
+            tensors, facts = _read_safetensors(path)
+        if facts["format"] != FORMAT or facts["version"] not in ("1", VERSION):
             raise ValueError(f"format {facts['format']}, version {facts['version']}")
         provenance = Provenance(**facts["provenance"])
+        if facts["version"] != "1" and not isinstance(provenance.weights, str):
+            raise ValueError("no fingerprint of the weights")
         arrays = {name: np.asarray(a, np.float64) for name, a in tensors.items()}
         moments = Moments(tokens=provenance.tokens, **arrays)
         _check_shapes(moments)
@@ -95,7 +130,39 @@ def load_moments(
         ) from error
     if config is not None:
         _check_model(path, moments, provenance, config)
+    if params is not None and provenance.weights is not None:
+        _check_weights(path, provenance, fingerprint(params))
     return moments, provenance
+
+
+def _find(path: Path) -> Path:
+    """The file or checkpoint that `path` is or holds."""
+    if not path.is_dir() or orbax_file.is_checkpoint(path):
+        return path
+    found = [path / name for name in (FILE, CHECKPOINT) if (path / name).exists()]
+    if len(found) > 1:
+        raise InputError(
+            str(path),
+            got=f"both {FILE} and {CHECKPOINT}",
+            expected="one calibration",
+            fix="name the one to use, or delete the other",
+        )
+    return found[0] if found else path / FILE
+
+
+def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    # One key: the order of several would differ from run to run.
+    save_file(tensors, partial, {"kvjax": json.dumps(facts, sort_keys=True)})
+    os.replace(partial, path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    with safe_open(path, framework="numpy") as file:
+        facts = json.loads((file.metadata() or {})["kvjax"])
+        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
 
 
 def _check_shapes(moments: Moments) -> None:
@@ -105,7 +172,7 @@ def _check_shapes(moments: Moments) -> None:
         want: tuple[Any, ...] = (layers, heads, d) if field.name.endswith(("mean", "pre")) else ()
         want = (layers, heads, d, d) if "cov" in field.name or not want else want
         want = (layers, d // 2) if field.name == "frequencies" else want
-        if field.name == "tokens":
+        if field.name == "tokens" or a is None:
             continue
         if a.shape != want or not np.isfinite(a).all():
             raise ValueError(f"{field.name} {list(a.shape)}, not finite numbers {list(want)}")
@@ -120,4 +187,14 @@ def _check_model(path: Path, moments: Moments, made: Provenance, config: ModelCo
             got=f"moments of {name(made.model, moments.shape)}",
             expected=name(config.name, shape),
             fix=f"run `kvjax calibrate --model {config.name}`",
+        )
+
+
+def _check_weights(path: Path, made: Provenance, weights: str) -> None:
+    if made.weights != weights:
+        raise InputError(
+            str(path),
+            got=f"moments of {made.model} with the weights {made.weights}",
+            expected=f"the weights {weights}, those of the model that was loaded",
+            fix=f"run `kvjax calibrate --model` with the same checkpoint of {made.model}",
         )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.calibrate.klt import LLOYD_MAX_ERROR, TRELLIS_ERROR, allocate, blocks, metric_klt
+from kvjax.calibrate.klt import LLOYD_MAX_ERROR, TRELLIS_ERROR, allocate, blocks, metric_klt, mix
 from kvjax.calibrate.moments import Moments
 from kvjax.codecs import (
     Centered,
@@ -31,6 +31,7 @@ from kvjax.core.rng import fold
 
 Leaf = Literal["trellis", "lloyd_max"]
 Mean = Literal["rotary", "after_rope"]
+Metric = Literal["queries", "predictions"]
 
 
 def klt(
@@ -40,13 +41,16 @@ def klt(
     rng: jax.Array,
     leaf: Leaf = "trellis",
     mean: Mean = "rotary",
+    metric: Metric = "queries",
+    mixed: bool = True,
     key_gain: Gain = "unbiased",
     value_gain: Gain = "unbiased",
     value_bits: float | None = None,
 ) -> tuple[Method, ...]:
     """One method per layer, from calibration.
 
-        keys:   mean apart -> metric KLT -> widths by reverse water-filling, one length per token
+        keys:   mean apart -> metric KLT -> widths by reverse water-filling -> a rotation of the
+                coordinates of each width -> one length per token
         values: TurboQuant, or its trellis form, at `bits`
 
     Args:
@@ -57,6 +61,10 @@ def klt(
         "lloyd_max" is scalar.
       mean: "rotary" takes out the mean before RoPE, at each position turned; "after_rope" the plain
         mean of the keys.
+      metric: errors of keys cost what they do to logits ("queries": the Gram of the queries), or
+        what they do to the model's predictions ("predictions": Fisher information, from
+        `measure_sensitivity`).
+      mixed: see `mix`.
       key_gain, value_gain: see `Normalized`; that of keys counts errors as the queries do.
 
     Differs from what is published: see docs/results-log.md for where each part comes from. Values
@@ -65,9 +73,11 @@ def klt(
     layers, _, d = moments.shape
     value_bits = bits if value_bits is None else value_bits
     cov = moments.key_cov_pre if mean == "rotary" else moments.key_cov
-    transform = metric_klt(moments.query_gram, cov)
+    transform = metric_klt(_cost(moments, metric), cov)
     errors = TRELLIS_ERROR if leaf == "trellis" else LLOYD_MAX_ERROR
     widths = allocate(transform.weight, bits, errors=errors)
+    if mixed:
+        transform = mix(transform, widths, rng=fold(rng, "key"))
     value = _value(value_bits, d, leaf, value_gain, fold(rng, "value"))
     per_head = lambda a: jnp.asarray(a, jnp.float32)[:, None]  # [h, 1, ...]
     methods = []
@@ -84,6 +94,19 @@ def klt(
             key = Centered(per_head(moments.key_mean[layer][:, None]), key)
         methods.append(Method(key, value, name=f"klt-{bits:g}"))
     return tuple(methods)
+
+
+def _cost(moments: Moments, metric: Metric) -> np.ndarray:
+    if metric == "queries":
+        return moments.query_gram
+    if moments.key_fisher is None:
+        raise InputError(
+            "calibration",
+            got="no sensitivities",
+            expected="what errors of keys do to predictions",
+            fix="calibrate with --gradients",
+        )
+    return moments.key_fisher
 
 
 def _coded(widths: tuple[int, ...], weight: jax.Array, leaf: Leaf, gain: Gain) -> Codec:

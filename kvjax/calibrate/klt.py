@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from kvjax.codecs.lloyd_max import distortion
+from kvjax.codecs.transforms import Orthogonal
 from kvjax.core.errors import InputError
+from kvjax.core.rng import fold
 
 # Error of one standard normal value at 0, 1, .. bits: of `Trellis` along pages of 64 tokens
 # (measured, tests/calibrate/test_klt.py), and of Lloyd-Max.
@@ -106,6 +109,32 @@ def allocate(
         gain = cost * steps[widths]
         widths[int(np.argmax(np.where(widths < len(errors) - 1, gain, -1)))] += 1
     return tuple(sorted(widths.tolist(), reverse=True))
+
+
+def mix(transform: Transform, widths: Sequence[int], *, rng: jax.Array) -> Transform:
+    """Turns coordinates of equal width among each other, by a random rotation common to all heads.
+
+    Single coordinates have heavy tails, and codes are made for Gaussian ones; sums of many are
+    nearly Gaussian. Weights become their mean over the run, which within one width costs little:
+    keys of SmolLM2 at 2 bits lose 0.1 dB of logit error by it and 19 % of KL.
+
+    Args:
+      widths: as of `allocate`; coordinates of no bits stay as they are.
+    """
+    forward, inverse, weight = (
+        a.copy() for a in (transform.forward, transform.inverse, transform.weight)
+    )
+    start = 0
+    for bits, count in blocks(widths):
+        run = slice(start, start + count)
+        start += count
+        if not bits or count == 1:
+            continue
+        turn = np.asarray(Orthogonal.random(count, rng=fold(rng, "mix", run.start)).matrix)
+        forward[..., run, :] = turn @ forward[..., run, :]
+        inverse[..., run] = inverse[..., run] @ turn.T
+        weight[..., run] = weight[..., run].mean(-1, keepdims=True)
+    return Transform(forward, inverse, weight)
 
 
 def blocks(widths: Sequence[int]) -> list[tuple[int, int]]:

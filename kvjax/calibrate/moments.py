@@ -39,6 +39,8 @@ class Moments:
         window's own queries: what OSCAR's code has in its place.
       out_gram: `[l, h, d, d]`, sum over the group of `W_O W_O^T`: how the model weighs outputs.
       frequencies: `[l, d / 2]`, radians per position.
+      key_fisher, value_fisher: `[l, h, d, d]`, what errors cost in predictions, or None where
+        `measure_sensitivity` has not been run.
     """
 
     tokens: int
@@ -53,6 +55,8 @@ class Moments:
     value_proxy: np.ndarray
     out_gram: np.ndarray
     frequencies: np.ndarray
+    key_fisher: np.ndarray | None = None
+    value_fisher: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,13 +80,7 @@ def measure_moments(
     Raises:
       InputError: no windows, too short ones, or NaN in a layer, named.
     """
-    if not len(windows) or len(windows[0]) <= SKIP:
-        raise InputError(
-            "calibration text",
-            got=f"{len(windows)} windows",
-            expected=f"at least one of more than {SKIP} tokens",
-            fix="give a longer text",
-        )
+    check_windows(windows, SKIP)
     counted = len(windows) * (len(windows[0]) - SKIP)
 
     def over_windows(one: Callable[[Array], dict[str, Array]], what: str) -> dict[str, np.ndarray]:
@@ -95,10 +93,10 @@ def measure_moments(
         return {name: a / counted for name, a in total.items()}
 
     first = over_windows(lambda tokens: _means(params, config, tokens), "means")
-    _check_finite(first)
+    check_sums(first)
     centres = {name: jnp.asarray(a, jnp.float32) for name, a in first.items()}
     second = over_windows(lambda tokens: _products(params, config, tokens, centres), "products")
-    _check_finite(second)
+    check_sums(second)
     second["query_gram"] /= config.q_per_kv
     runs = layer_runs(config)
     per_run = [rope_frequencies(run, config.head_dim) for run in runs]
@@ -192,7 +190,21 @@ def _out_gram(params: Params, config: ModelConfig) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _check_finite(sums: dict[str, np.ndarray]) -> None:
+def check_windows(windows: Sequence[np.ndarray], least: int, multiple: int = 1) -> None:
+    """Raises `InputError` unless there are windows of more than `least` tokens, and a multiple."""
+    length = len(windows[0]) if len(windows) else 0
+    if length <= least or length % multiple:
+        raise InputError(
+            "calibration text",
+            got=f"{len(windows)} windows of {length} tokens",
+            expected=f"at least one of more than {least}"
+            + (f", a multiple of {multiple}" if multiple > 1 else ""),
+            fix="give a longer text, or another length",
+        )
+
+
+def check_sums(sums: dict[str, np.ndarray]) -> None:
+    """Raises `InputError` that names the first layer with a NaN or an infinity."""
     bad = {name: ~np.isfinite(a).reshape(len(a), -1).all(-1) for name, a in sums.items()}
     first = {name: int(layers.argmax()) for name, layers in bad.items() if layers.any()}
     if first:

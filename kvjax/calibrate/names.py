@@ -11,6 +11,7 @@ import jax
 from kvjax.calibrate.hybrid import klt
 from kvjax.calibrate.moments import Moments
 from kvjax.calibrate.oscar import oscar_rotation, pooled, transform
+from kvjax.calibrate.rungs import RUNGS
 from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
@@ -47,11 +48,17 @@ def oscar_layers(
 
 CALIBRATED: dict[str, Calibrated] = {
     **{f"klt-{b}": _klt(b) for b in (2, 3, 4)},
+    **{f"klt-fisher-{b}": _klt(b, metric="predictions") for b in (2, 3, 4)},
+    **{
+        f"klt-fisher-after-rope-{b}": _klt(b, metric="predictions", mean="after_rope")
+        for b in (2, 3, 4)
+    },
     **{f"klt-after-rope-{b}": _klt(b, mean="after_rope") for b in (2, 3, 4)},
     **{f"klt-lloyd-max-{b}": _klt(b, leaf="lloyd_max") for b in (2, 3, 4)},
     "oscar": lambda moments, rng: oscar_layers(moments),
     "oscar-shared": lambda moments, rng: oscar_layers(moments, shared=True),
     "oscar-lloyd-max": lambda moments, rng: oscar_layers(moments, variant="lloyd_max"),
+    **RUNGS,
 }
 
 

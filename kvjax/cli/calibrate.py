@@ -9,13 +9,16 @@ import sys
 
 from kvjax.cli import options
 
+GRADIENT_CONTEXT = 1024  # tokens per window that gradients go back through
+
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser(
         "calibrate",
         help="measure a model's queries, keys and values, for attention-aware methods",
-        description="Two exact passes over a text. Writes OUT/moments.safetensors, which "
-        "`kvjax compare --calibration OUT` takes. Never calibrate on the text you test on.",
+        description="Two exact passes over a text. Writes OUT/moments.safetensors (or "
+        "moments.orbax), which `kvjax compare --calibration OUT` takes. Never calibrate on the "
+        "text you test on.",
     )
     parser.add_argument(
         "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
@@ -25,16 +28,35 @@ def add(subparsers) -> None:
     )
     parser.add_argument("--tokens", type=int, default=8192, help="to look at (%(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens per window (%(default)s)")
+    parser.add_argument(
+        "--gradients",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="also measure, on so many tokens in windows of 1024, what errors of keys and values "
+        "do to the predictions, for klt-fisher methods (%(default)s; 8192 are enough)",
+    )
     parser.add_argument("--out", help="folder (default: runs/calibration/MODEL)")
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "orbax"),
+        default="safetensors",
+        help="one file, or an orbax checkpoint (%(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    import jax
+
     import kvjax
     from kvjax.calibrate.artefact import Provenance, save_moments
+    from kvjax.calibrate.fingerprint import fingerprint
     from kvjax.calibrate.moments import measure_moments
+    from kvjax.calibrate.sensitivity import measure_sensitivity
     from kvjax.cli.compare import write_json
     from kvjax.core.errors import InputError
+    from kvjax.core.rng import fold
     from kvjax.evals.stamp import make_stamp
     from kvjax.evals.text import model_windows, read_docstrings, read_text
     from kvjax.models.load import load
@@ -50,12 +72,26 @@ def run(args: argparse.Namespace) -> int:
         )
     name, text = read_text(args.text) if args.text else read_docstrings()
     options.use_compilation_cache()
-    with options.progress(2 * windows + 1) as report:
+    drawn = args.gradients // GRADIENT_CONTEXT if args.gradients else 0
+    if args.gradients and drawn < 1:
+        raise InputError(
+            "--gradients",
+            got=args.gradients,
+            expected=f"0, or {GRADIENT_CONTEXT} tokens and more",
+            fix="raise it, or leave it out",
+        )
+    with options.progress(2 * windows + drawn + 1) as report:
         report(f"loading {args.model}")
         model = load(args.model)
         cut = model_windows(model, text, context=context, windows=windows)
         folder = options.out_folder(args.out or f"runs/calibration/{_plain(model.config.name)}")
         moments = measure_moments(model.params, model.config, list(cut), report)
+        if drawn:
+            cut = model_windows(model, text, context=GRADIENT_CONTEXT, windows=drawn)
+            rng = fold(jax.random.key(0), "calibrate")
+            moments = measure_sensitivity(
+                model.params, model.config, list(cut), moments, rng=rng, progress=report
+            )
     layers, heads, d = moments.shape
     if moments.tokens < 8 * d:
         print(
@@ -63,8 +99,15 @@ def run(args: argparse.Namespace) -> int:
             "them loosely; give more --tokens",
             file=sys.stderr,
         )
-    about = Provenance(model.config.name, name, kvjax.__version__, moments.tokens, context)
-    path = save_moments(moments, folder, about)
+    about = Provenance(
+        model.config.name,
+        name,
+        kvjax.__version__,
+        moments.tokens,
+        context,
+        fingerprint(model.params),
+    )
+    path = save_moments(moments, folder, about, args.format)
     stamp = make_stamp(seed=0, command="kvjax " + shlex.join(sys.argv[1:]))
     write_json(folder / "stamp.json", stamp)
     print(

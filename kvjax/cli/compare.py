@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         report(f"loading {args.model}")
         model = load(args.model)
         if args.calibration is not None:
-            moments, made = load_moments(args.calibration, model.config)
+            moments, made = load_moments(args.calibration, model.config, model.params)
             settings = dataclasses.replace(settings, calibration=moments)
             if made.text.rpartition("sha256")[2] == text_name.rpartition("sha256")[2]:
                 raise InputError(

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             )
         moments = None
         if args.calibration is not None:
-            moments, _ = load_moments(args.calibration, model.config)
+            moments, _ = load_moments(args.calibration, model.config, model.params)
         method = get_for_model(args.method, model.config, moments, layout=layout, seed=args.seed)
         plan = make_plan(model.config, method)
         ids = (

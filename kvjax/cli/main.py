@@ -8,7 +8,16 @@ import sys
 
 from kvjax.core.errors import InputError
 
-COMMANDS = ("compare", "calibrate", "distortion", "generate", "describe", "memory", "models")
+COMMANDS = (
+    "compare",
+    "calibrate",
+    "limits",
+    "distortion",
+    "generate",
+    "describe",
+    "memory",
+    "models",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from kvjax.codecs.rotary_mean import RotaryMean
 from kvjax.codecs.split import Outliers, Split
 from kvjax.codecs.straight_through import straight_through
 from kvjax.codecs.tiers import Dropped, Tiers
+from kvjax.codecs.token_scale import TokenScale
 from kvjax.codecs.transforms import Hadamard, Matrix, Orthogonal, Transform
 from kvjax.codecs.trellis import Trellis
 from kvjax.codecs.uniform import Uniform
@@ -43,6 +44,7 @@ __all__ = [
     "RotaryMean",
     "Split",
     "Tiers",
+    "TokenScale",
     "Transform",
     "Trellis",
     "Uniform",

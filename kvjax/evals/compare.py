@@ -22,7 +22,7 @@ from kvjax.evals.reference import Reference, reference_pass
 from kvjax.evals.speed import race
 from kvjax.evals.text import model_windows
 from kvjax.generate.loop import State, generate
-from kvjax.generate.plan import Plan, check_finite, init_caches, make_plan
+from kvjax.generate.plan import Plan, check_finite, init_caches, make_plan, prepare_params
 from kvjax.models.load import Model
 
 Progress = Callable[[str], None]
@@ -78,7 +78,8 @@ def compare(
     def quality(name: str) -> tuple[dict[str, float], Any]:
         progress(f"{name}: quality")
         capacity = settings.context + room
-        return _quality(plans[name], model.params, windows, references, block, capacity)
+        params = prepare_params(plans[name], model.params)
+        return _quality(plans[name], params, windows, references, block, capacity)
 
     # Compiling keeps one core busy: on a CPU, two methods at a time. Speed is measured later.
     with ThreadPoolExecutor(2 if jax.default_backend() == "cpu" else 1) as pool:

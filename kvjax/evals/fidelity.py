@@ -96,14 +96,13 @@ def attention_fidelity(plan: Plan, reference: Reference) -> tuple[float, float]:
       attention_error: relative error of the attention outputs, root mean square over all.
     """
     ratios, wrong, right = [], 0.0, 0.0
-    for i, run in enumerate(plan.runs):
-        tensors = reference.key[i], reference.value[i], reference.query[i]
-        for layer in range(run.length):
-            method = plan.methods[i]
-            if plan.stacked[i]:
-                method = jax.tree.map(lambda a, n=layer: a[n], method)
-            k, v, q = (a[layer] for a in tensors)
-            ratio, error, size = _layer_errors(method, k, v, q, reference.probes, run.window)
+    of_layer = [(i, n) for i, run in enumerate(reference.key) for n in range(run.shape[0])]
+    for method, stacked, run in zip(plan.methods, plan.stacked, plan.runs, strict=True):
+        for layer in range(run.start, run.stop):
+            own = jax.tree.map(lambda a, n=layer - run.start: a[n], method) if stacked else method
+            i, n = of_layer[layer]
+            k, v, q = reference.key[i][n], reference.value[i][n], reference.query[i][n]
+            ratio, error, size = _layer_errors(own, k, v, q, reference.probes, run.window)
             ratios.append(np.asarray(ratio).ravel())
             wrong, right = wrong + float(error), right + float(size)
     return float(10 * np.log10(np.median(np.concatenate(ratios)))), math.sqrt(wrong / right)

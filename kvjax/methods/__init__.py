@@ -8,8 +8,10 @@ from kvjax.methods.kivi import kivi
 from kvjax.methods.naive import bf16, integer
 from kvjax.methods.names import RECIPES, get
 from kvjax.methods.oscar import oscar
+from kvjax.methods.oscar_canalized import oscar_canalized
 from kvjax.methods.polarquant import polarquant, polarquant_pairs
 from kvjax.methods.qjl import qjl
+from kvjax.methods.quarot import quarot
 from kvjax.methods.rabitq import rabitq
 from kvjax.methods.released import (
     turboquant_kv_released,
@@ -32,9 +34,11 @@ __all__ = [
     "mxfp4",
     "nvfp4",
     "oscar",
+    "oscar_canalized",
     "polarquant",
     "polarquant_pairs",
     "qjl",
+    "quarot",
     "rabitq",
     "trellis",
     "turboquant",

@@ -17,8 +17,10 @@ from kvjax.methods.floats import fp8, mxfp4, nvfp4
 from kvjax.methods.hadamard_int import hadamard_int
 from kvjax.methods.kivi import kivi
 from kvjax.methods.naive import bf16, integer
+from kvjax.methods.oscar_canalized import oscar_canalized
 from kvjax.methods.polarquant import polarquant, polarquant_pairs
 from kvjax.methods.qjl import qjl
+from kvjax.methods.quarot import quarot
 from kvjax.methods.rabitq import rabitq
 from kvjax.methods.released import (
     VLLM_PRESETS,
@@ -47,6 +49,10 @@ def _each(
     return {f"{name}{width:g}": at(width) for width in bits}
 
 
+def _canalized(bits: int) -> Recipe:
+    return lambda d, rng: oscar_canalized(bits, d)
+
+
 def _vllm(preset: str) -> Recipe:
     return lambda d, rng: vllm_turboquant(preset, d)
 
@@ -56,6 +62,8 @@ RECIPES: dict[str, Recipe] = {
     **{f"int{b}": _fixed(integer(b)) for b in (8, 4, 3, 2)},
     **_each("hadamard-int", hadamard_int, (8, 4, 3, 2)),
     **{f"kivi-{b}": _fixed(kivi(b)) for b in (4, 2)},
+    **{f"oscar-canalized-{b}": _canalized(b) for b in (4, 2)},
+    **_each("quarot-", quarot, (4,)),
     **_each("turboquant-", turboquant, (1, 2, 2.5, 3, 3.5, 4, 5)),
     **_each("turboquant-prod-", turboquant, (1, 2, 3, 4, 5), residual="qjl"),
     **_each("eden-", eden, (1, 2, 3, 4, 5)),

@@ -32,6 +32,7 @@ from kvjax.codecs import (
     RotaryMean,
     Split,
     Tiers,
+    TokenScale,
     Trellis,
     Uniform,
     rotated,
@@ -164,6 +165,8 @@ CODECS = {
         stretch(H, 1),
         Normalized(tiers(), gain="unbiased", metric=jnp.linspace(1, 0, D)),
     ),
+    "token scale": lambda: TokenScale(Linear(signs(D), Uniform(2, axis="tokens", group=8))),
+    "token scale apart": lambda: TokenScale(Uniform(4), joint_heads=False, scale_dtype="float32"),
     "rotary mean": lambda: RotaryMean(mean(H, 1, 1, D), frequencies(), turbo(3)),
     "all at once": lambda: Centered(
         mean(H, 1, 1, D),
@@ -186,6 +189,9 @@ def codec_of(name: str) -> Codec:
 
 
 each = pytest.mark.parametrize("name", CODECS)
+
+# The heads of a token share a length: they are each other's neighbours, other pages are not.
+JOINT_HEADS = ("token scale",)
 
 # Scales beyond 65504 become inf in float16, and the page NaN.
 OVERFLOWS = ("matrix", "matrix per head", "all at once")
@@ -294,13 +300,17 @@ def test_encode_knows_no_neighbours(name):
     code, decoded, *_ = answers(name)
     other = pages().copy()
     other[0] = 1 - 3 * other[0]
-    other[1, 0], other[1, 1, 0] = 0, 7
+    if name in JOINT_HEADS:
+        other[1, :, 0] = 7
+    else:
+        other[1, 0], other[1, 1, 0] = 0, 7
+    alone = (1, 2, slice(1, None)) if name in JOINT_HEADS else (1, 2)
     code_2, decoded_2, *_ = compiled()(codec_of(name), other, queries(), weights())
     for a, b in zip(jax.tree.leaves(code), jax.tree.leaves(code_2), strict=True):
         assert a.shape[:3] == (B, H, N)  # every leaf leads with the axes of x
         np.testing.assert_array_equal(a[1, 1, 1], b[1, 1, 1])
-        np.testing.assert_array_equal(a[1, 2], b[1, 2])
-    np.testing.assert_array_equal(decoded[1, 2], decoded_2[1, 2])
+        np.testing.assert_array_equal(a[alone], b[alone])
+    np.testing.assert_array_equal(decoded[alone], decoded_2[alone])
 
 
 @each
@@ -350,6 +360,8 @@ def test_error_stays_in_proportion_on_hard_inputs(name):
         pytest.skip("a bare codebook has a scale of its own: it saturates elsewhere")
     x = hard_inputs().astype(np.float64)
     decoded = np.asarray(hard_answers(name)[1], np.float64)
+    if name in JOINT_HEADS:  # errors are in proportion to the heads of a token together
+        x, decoded = (np.concatenate(np.split(a, H, axis=1), axis=-1) for a in (x, decoded))
     size = np.linalg.norm(x, axis=(-2, -1))
     coded_mean = any(word in name for word in ("centered", "rotary", "all at once"))
     added = 60 if coded_mean else 1e-6  # a mean is coded too
