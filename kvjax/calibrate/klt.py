@@ -73,7 +73,11 @@ def metric_klt(metric: np.ndarray, cov: np.ndarray, *, damping: float = 0.01) ->
 
 
 def allocate(
-    weight: np.ndarray, bits: float, *, errors: Sequence[float] = TRELLIS_ERROR
+    weight: np.ndarray,
+    bits: float,
+    *,
+    errors: Sequence[float] = TRELLIS_ERROR,
+    choices: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Whole bits for each coordinate, common to all heads, with the mean `bits`.
 
@@ -84,6 +88,7 @@ def allocate(
       weight: `[..., d]`, falling along d; heads are scaled to equal geometric means first, so that
         none decides alone.
       errors: of a coordinate of variance 1 at 0, 1, ... bits; its length bounds the widths.
+      choices: the widths that are allowed, from 0 up; all by default. Kernels like (0, 2, 4).
     Raises:
       InputError: bits that the widths cannot have on average.
 
@@ -91,49 +96,139 @@ def allocate(
       >>> import numpy as np
       >>> allocate(np.array([30.0, 5.0, 1.0, 0.3]), 2.0)
       (4, 3, 1, 0)
+      >>> allocate(np.array([30.0, 5.0, 1.0, 0.3]), 2.0, choices=(0, 2, 4))
+      (4, 2, 2, 0)
     """
-    d = weight.shape[-1]
-    total = round(bits * d)
-    if not 0 <= total <= d * (len(errors) - 1) or abs(total - bits * d) > 1e-6:
+    log = np.log(weight.reshape(-1, weight.shape[-1]))
+    cost = np.exp(log - log.mean(-1, keepdims=True)).mean(0)  # [d]
+    widths, left = _fill(cost[None], np.ones(1, int), bits, errors, choices)
+    if left:
         raise InputError(
             "bits",
-            got=f"{bits} on average over {d} channels",
-            expected=f"0 to {len(errors) - 1}, a whole number of bits per vector",
-            fix="choose such a mean",
+            got=f"{bits} on average over {cost.size} channels",
+            expected=f"a sum of widths {tuple(choices or ())}",
+            fix="choose another mean, or allow a width of 1",
         )
-    log = np.log(weight.reshape(-1, d))
-    cost = np.exp(log - log.mean(-1, keepdims=True)).mean(0)  # [d]
-    steps = np.append(-np.diff(errors), 0.0)  # what one bit more takes away
-    widths = np.zeros(d, int)
-    for _ in range(total):
-        gain = cost * steps[widths]
-        widths[int(np.argmax(np.where(widths < len(errors) - 1, gain, -1)))] += 1
+    return _falling(widths[0])
+
+
+def allocate_layers(
+    weight: np.ndarray,
+    bits: float,
+    *,
+    kinds: int = 4,
+    errors: Sequence[float] = TRELLIS_ERROR,
+    choices: Sequence[int] | None = None,
+) -> tuple[tuple[int, ...], ...]:
+    """Whole bits for each coordinate of each layer, common to its heads, with the mean `bits` over
+    all layers, or just below: layers that matter more get more.
+
+    Args:
+      weight: `[l, h, d]`, falling along d, in a unit common to all layers, as the Fisher metric
+        has: the loss of the model.
+      kinds: how many different allocations there may be. Each is compiled once.
+      errors, choices: see `allocate`.
+
+    Example:
+      >>> import numpy as np
+      >>> allocate_layers(np.array([[[30.0, 5.0]], [[0.3, 0.2]]]), 2.0)
+      ((4, 3), (1, 0))
+    """
+    cost = weight.sum(1)  # [l, d]
+    free, _ = _fill(cost, np.ones(len(cost), int), bits, errors, choices)
+    if len(np.unique(free, axis=0)) <= kinds:
+        return tuple(map(_falling, free))
+    kind = _clusters(free.sum(-1), kinds)  # [l]
+    counts = np.bincount(kind)
+    means = np.stack([cost[kind == k].mean(0) for k in range(len(counts))])
+    widths, _ = _fill(means, counts, bits, errors, choices)
+    return tuple(_falling(widths[k]) for k in kind)
+
+
+def _falling(widths: np.ndarray) -> tuple[int, ...]:
     return tuple(sorted(widths.tolist(), reverse=True))
 
 
-def mix(transform: Transform, widths: Sequence[int], *, rng: jax.Array) -> Transform:
-    """Turns coordinates of equal width among each other, by a random rotation common to all heads.
+def _fill(
+    cost: np.ndarray,
+    counts: np.ndarray,
+    bits: float,
+    errors: Sequence[float],
+    choices: Sequence[int] | None,
+) -> tuple[np.ndarray, int]:
+    """Widths `[k, d]` with the mean `bits` for `counts: [k]` vectors of each cost, each step where
+    it saves most per bit; and how many bits are left because no step fits."""
+    choices = tuple(range(len(errors))) if choices is None else tuple(choices)
+    size = int(counts.sum()) * cost.shape[1]
+    left = round(bits * size)
+    if not 0 <= left <= size * choices[-1] or abs(left - bits * size) > 1e-6:
+        raise InputError(
+            "bits",
+            got=f"{bits} on average over {size} channels",
+            expected=f"0 to {choices[-1]}, a whole number of bits per vector",
+            fix="choose such a mean",
+        )
+    steps = np.diff(choices)
+    saved = -np.diff(np.asarray(errors)[list(choices)]) / steps  # by each bit of a step
+    price = np.append(steps, size * choices[-1] + 1)[:, None] * counts  # [step, k], of a step
+    level = np.zeros(cost.shape, int)
+    kind = np.arange(len(counts))[:, None]
+    while True:
+        gain = np.where(price[level, kind] <= left, cost * np.append(saved, 0.0)[level], -1.0)
+        best = np.unravel_index(int(np.argmax(gain)), gain.shape)
+        if gain[best] < 0:
+            return np.asarray(choices)[level], left
+        left -= int(price[level[best], best[0]])
+        level[best] += 1
+
+
+def _clusters(budget: np.ndarray, kinds: int) -> np.ndarray:
+    """`[l]` cluster of each budget, at most `kinds`, of the least squared distances: runs of the
+    sorted budgets, by dynamic programming."""
+    order = np.argsort(budget, kind="stable")
+    x = budget[order].astype(float)
+    n, kinds = len(x), min(kinds, len(np.unique(x)))
+    spread = lambda i, j: ((x[i:j] - x[i:j].mean()) ** 2).sum()
+    best = np.full((kinds + 1, n + 1), np.inf)
+    cut = np.zeros((kinds + 1, n + 1), int)
+    best[0, 0] = 0
+    for k in range(1, kinds + 1):
+        for j in range(k, n + 1):
+            tried = [best[k - 1, i] + spread(i, j) for i in range(k - 1, j)]
+            cut[k, j] = k - 1 + int(np.argmin(tried))
+            best[k, j] = min(tried)
+    found, stop = np.zeros(n, int), n
+    for k in range(kinds, 0, -1):
+        start = cut[k, stop]
+        found[order[start:stop]] = k - 1
+        stop = start
+    return found
+
+
+def mix(transform: Transform, widths: Sequence[Sequence[int]], *, rng: jax.Array) -> Transform:
+    """Turns coordinates of equal width among each other, by a random rotation.
 
     Single coordinates have heavy tails, and codes are made for Gaussian ones; sums of many are
     nearly Gaussian. Weights become their mean over the run, which within one width costs little:
     keys of SmolLM2 at 2 bits lose 0.1 dB of logit error by it and 19 % of KL.
 
     Args:
-      widths: as of `allocate`; coordinates of no bits stay as they are.
+      widths: one sequence per layer, `[l][d]`; coordinates of no bits stay as they are.
     """
     forward, inverse, weight = (
         a.copy() for a in (transform.forward, transform.inverse, transform.weight)
     )
-    start = 0
-    for bits, count in blocks(widths):
-        run = slice(start, start + count)
-        start += count
-        if not bits or count == 1:
-            continue
-        turn = np.asarray(Orthogonal.random(count, rng=fold(rng, "mix", run.start)).matrix)
-        forward[..., run, :] = turn @ forward[..., run, :]
-        inverse[..., run] = inverse[..., run] @ turn.T
-        weight[..., run] = weight[..., run].mean(-1, keepdims=True)
+    for layer, own in enumerate(widths):
+        start = 0
+        for bits, count in blocks(own):
+            run = slice(start, start + count)
+            start += count
+            if not bits or count == 1:
+                continue
+            turn = np.asarray(Orthogonal.random(count, rng=fold(rng, "mix", run.start)).matrix)
+            forward[layer, ..., run, :] = turn @ forward[layer, ..., run, :]
+            inverse[layer, ..., run] = inverse[layer, ..., run] @ turn.T
+            weight[layer, ..., run] = weight[layer, ..., run].mean(-1, keepdims=True)
     return Transform(forward, inverse, weight)
 
 

@@ -28,6 +28,11 @@ def _klt(bits: int, **options) -> Calibrated:
     return lambda moments, rng: klt(bits, moments, rng=rng, **options)
 
 
+def _tiers(bits: int, **options) -> Calibrated:
+    """The loop of plain codes: widths of powers of two, scalar levels, a mean that is folded."""
+    return _klt(bits, leaf="lloyd_max", mean="after_rope", choices=(0, 2, 4), **options)
+
+
 def oscar_layers(
     moments: Moments, *, shared: bool = False, variant: Variant = "int2", target: Target = "paper"
 ) -> tuple[Method, ...]:
@@ -55,6 +60,9 @@ CALIBRATED: dict[str, Calibrated] = {
     },
     **{f"klt-after-rope-{b}": _klt(b, mean="after_rope") for b in (2, 3, 4)},
     **{f"klt-lloyd-max-{b}": _klt(b, leaf="lloyd_max") for b in (2, 3, 4)},
+    **{f"klt-layers-{b}": _klt(b, metric="predictions", by_layer=True) for b in (2, 3, 4)},
+    **{f"klt-tiers-{b}": _tiers(b) for b in (2, 3)},
+    **{f"klt-layers-tiers-{b}": _tiers(b, metric="predictions", by_layer=True) for b in (2, 3)},
     "oscar": lambda moments, rng: oscar_layers(moments),
     "oscar-shared": lambda moments, rng: oscar_layers(moments, shared=True),
     "oscar-lloyd-max": lambda moments, rng: oscar_layers(moments, variant="lloyd_max"),

@@ -13,22 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.calibrate.hybrid import Leaf, Mean, _value
+from kvjax.calibrate.hybrid import Leaf, Mean, value_codec, without_mean
 from kvjax.calibrate.klt import metric_klt
 from kvjax.calibrate.moments import Moments
 from kvjax.codecs import (
-    Centered,
     Codebook,
     Hadamard,
     Linear,
     Matrix,
     Normalized,
-    RotaryMean,
     Trellis,
     rotated,
 )
 from kvjax.codecs.normalized import Gain
-from kvjax.core.codec import Codec
 from kvjax.core.method import Method
 from kvjax.core.rng import fold
 
@@ -55,8 +52,8 @@ def centred(
     """
     layers, _, d = moments.shape
     key = rotated("hadamard", d, _one_width(bits, d, leaf, gain), rng=fold(rng, "key"))
-    value = _value(bits, d, leaf, gain, fold(rng, "value"))
-    keys = (_without_mean(moments, layer, mean, key) for layer in range(layers))
+    value = value_codec(bits, d, leaf, gain, fold(rng, "value"))
+    keys = (without_mean(moments, layer, mean, key) for layer in range(layers))
     return tuple(Method(key, value, name=f"centred-{bits}") for key in keys)
 
 
@@ -89,12 +86,12 @@ def balanced(
     forward = q @ (scale[..., None] * basis.forward)
     inverse = (basis.inverse / scale[..., None, :]) @ q.T
     per_head = lambda a: jnp.asarray(a, jnp.float32)[:, None]  # [h, 1, d, d]
-    value = _value(bits, d, leaf, gain, fold(rng, "value"))
+    value = value_codec(bits, d, leaf, gain, fold(rng, "value"))
     methods = []
     for layer in range(layers):
         matrix = Matrix(per_head(forward[layer]), per_head(inverse[layer]))
         inner = Linear(matrix, _one_width(bits, d, leaf, gain))
-        key = _without_mean(moments, layer, mean, inner)
+        key = without_mean(moments, layer, mean, inner)
         methods.append(Method(key, value, name=f"balanced-{bits}"))
     return tuple(methods)
 
@@ -119,11 +116,3 @@ def _one_width(bits: int, d: int, leaf: Leaf, gain: Gain) -> Normalized:
 
 def _cov(moments: Moments, mean: Mean) -> np.ndarray:
     return moments.key_cov_pre if mean == "rotary" else moments.key_cov
-
-
-def _without_mean(moments: Moments, layer: int, mean: Mean, inner: Codec) -> Codec:
-    per_head = lambda a: jnp.asarray(a[layer], jnp.float32)[:, None, None]  # [h, 1, 1, d]
-    if mean == "rotary":
-        frequencies = jnp.asarray(moments.frequencies[layer], jnp.float32)
-        return RotaryMean(per_head(moments.key_mean_pre), frequencies, inner)
-    return Centered(per_head(moments.key_mean), inner)

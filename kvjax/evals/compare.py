@@ -22,7 +22,7 @@ from kvjax.evals.reference import Reference, reference_pass
 from kvjax.evals.speed import race
 from kvjax.evals.text import model_windows
 from kvjax.generate.loop import State, generate
-from kvjax.generate.plan import Plan, check_finite, init_caches, make_plan, prepare_params
+from kvjax.generate.plan import Plan, check_finite, init_caches, make_plan
 from kvjax.models.load import Model
 
 Progress = Callable[[str], None]
@@ -63,7 +63,7 @@ def compare(
     """
     config = model.config
     plans = {name: make_plan(config, _method(name, model, settings)) for name in settings.methods}
-    block = _block(plans, settings)
+    block = scoring_block(plans, settings)
     room = _room(config.max_positions, settings)
     windows = model_windows(model, text, context=settings.context, windows=settings.windows)
     references = []
@@ -75,18 +75,18 @@ def compare(
     rows: list[dict[str, Any]] = []
     racers: dict[str, tuple[Plan, State]] = {}
 
-    def quality(name: str) -> tuple[dict[str, float], Any]:
+    def measure(name: str) -> tuple[dict[str, float], Any]:
         progress(f"{name}: quality")
         capacity = settings.context + room
-        params = prepare_params(plans[name], model.params)
-        return _quality(plans[name], params, windows, references, block, capacity)
+        row, _, caches = quality(plans[name], model.params, windows, references, block, capacity)
+        return row, caches
 
     # Compiling keeps one core busy: on a CPU, two methods at a time. Speed is measured later.
     with ThreadPoolExecutor(2 if jax.default_backend() == "cpu" else 1) as pool:
-        results = dict(zip(plans, pool.map(quality, plans), strict=True))
+        results = dict(zip(plans, pool.map(measure, plans), strict=True))
     for name, plan in plans.items():
         row, caches = results.pop(name)
-        rows.append({"method": name, **_sizes(plan, settings.context), **row})
+        rows.append({"method": name, **sizes(plan, settings.context), **row})
         if room:
             last = jnp.asarray(windows[-1][-1:], jnp.int32)
             racers[name] = _racer(plan, caches, last)
@@ -115,11 +115,11 @@ def _method(name: str, model: Model, settings: Settings) -> Method | tuple[Metho
     return get_for_model(name, model.config, moments, layout=layout, seed=settings.seed)
 
 
-def _block(plans: dict[str, Plan], settings: Settings) -> int:
+def scoring_block(plans: dict[str, Plan], settings: Settings) -> int:
     """Tokens per teacher-forced block: the largest that divides the context and suits all."""
     most = 256
     for plan in plans.values():
-        if any(run.window is not None for run in plan.runs):
+        if any(group.window is not None for group in plan.groups):
             most = min(most, settings.layout.page)
     best = max(b for b in range(1, most + 1) if settings.context % b == 0)
     if best < 16:
@@ -138,15 +138,15 @@ def _room(positions: int, settings: Settings) -> int:
     return wanted if settings.context + wanted <= positions else 0
 
 
-def _quality(
+def quality(
     plan: Plan,
     params,
     windows: np.ndarray,
     references: Sequence[Reference],
     block: int,
     capacity: int,
-) -> tuple[dict[str, float], Any]:
-    """A row's numbers over all windows, and the caches after the last one."""
+) -> tuple[dict[str, float], list[Scores], Any]:
+    """A row's numbers over all windows, their scores one by one, and the caches after the last."""
     scores: list[Scores] = []
     for tokens, reference in zip(windows, references, strict=True):
         caches = init_caches(plan, batch=1, capacity=capacity)
@@ -157,17 +157,17 @@ def _quality(
         scores.append(jax.device_get(one))
     logit_db, attention_error = attention_fidelity(plan, references[0])
     row = dict(summarize(scores))
-    return row | {"logit_db": logit_db, "attention_error": attention_error}, caches
+    return row | {"logit_db": logit_db, "attention_error": attention_error}, scores, caches
 
 
-def _sizes(plan: Plan, context: int) -> dict[str, float | int]:
+def sizes(plan: Plan, context: int) -> dict[str, float | int]:
     """Bits and bytes of the caches at this context, from the shapes that `init` allocates."""
     caches = jax.eval_shape(lambda: init_caches(plan, batch=1, capacity=context))
     values = sum(2 * c.window_key.shape[0] * c.window_key.shape[2] for c in caches)
     values *= plan.config.head_dim * context
     total = sum(cache_bytes(cache) for cache in caches)
     bits = [history_bits_per_value(m, c) for m, c in zip(plan.methods, caches, strict=True)]
-    layers = [run.length for run in plan.runs]
+    layers = [len(group.layers) for group in plan.groups]
     return {
         "bits_per_value": float(np.average(bits, weights=layers)),
         "bits_per_value_total": total * 8 / values,

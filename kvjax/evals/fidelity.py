@@ -97,12 +97,12 @@ def attention_fidelity(plan: Plan, reference: Reference) -> tuple[float, float]:
     """
     ratios, wrong, right = [], 0.0, 0.0
     of_layer = [(i, n) for i, run in enumerate(reference.key) for n in range(run.shape[0])]
-    for method, stacked, run in zip(plan.methods, plan.stacked, plan.runs, strict=True):
-        for layer in range(run.start, run.stop):
-            own = jax.tree.map(lambda a, n=layer - run.start: a[n], method) if stacked else method
+    for method, stacked, group in zip(plan.methods, plan.stacked, plan.groups, strict=True):
+        for slot, layer in enumerate(group.layers):
+            own = jax.tree.map(lambda a, n=slot: a[n], method) if stacked else method
             i, n = of_layer[layer]
             k, v, q = reference.key[i][n], reference.value[i][n], reference.query[i][n]
-            ratio, error, size = _layer_errors(own, k, v, q, reference.probes, run.window)
+            ratio, error, size = _layer_errors(own, k, v, q, reference.probes, group.window)
             ratios.append(np.asarray(ratio).ravel())
             wrong, right = wrong + float(error), right + float(size)
     return float(10 * np.log10(np.median(np.concatenate(ratios)))), math.sqrt(wrong / right)

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -21,7 +19,7 @@ from kvjax.core.method import Method
 from kvjax.evals.logit_error import held_out, logit_error_db
 from kvjax.evals.table import one_line
 from kvjax.evals.text import model_windows
-from kvjax.models.config import ModelConfig
+from kvjax.methods.describe import code_bits
 from kvjax.models.load import Model
 
 CLOSE = 1.5  # dB between prediction and measurement that pass for agreement
@@ -79,7 +77,9 @@ def limits(
         rows.append(
             {
                 "method": name,
-                "key_bits": float(np.mean([_key_bits(m, config) for m in methods])),
+                "key_bits": float(
+                    np.mean([code_bits(m.key, config.head_dim, m.layout.page) for m in methods])
+                ),
                 "measured": _plain(logit_error_db(methods, held)),
                 "predicted": _plain(predicted_db(methods, moments)),
                 "known_text": _plain(predicted_db(methods, held)),
@@ -93,15 +93,6 @@ def limits(
         "bound_known_text": _plain(bound_db(held, settings.bits)),
         "rows": rows,
     }
-
-
-def _key_bits(method: Method, config: ModelConfig) -> float:
-    """True bits per value of a page of all KV heads, which may have arrays of their own."""
-    h, page, d = config.kv_heads, method.layout.page, config.head_dim
-    x = jax.ShapeDtypeStruct((1, h, 1, page, d), jnp.float32)
-    positions = jax.ShapeDtypeStruct((1, 1, 1, page), jnp.int32)
-    code = jax.tree.leaves(jax.eval_shape(method.key.encode, x, positions))
-    return sum(a.size * a.dtype.itemsize for a in code) * 8 / (h * page * d)
 
 
 def _plain(db: np.ndarray | None) -> list[list[float]] | None:

@@ -58,9 +58,9 @@ def footprint(
     caches = jax.eval_shape(lambda: init_caches(plan, batch=batch, capacity=context))
     bits = [history_bits_per_value(m, c) for m, c in zip(plan.methods, caches, strict=True)]
     growing = [
-        2 * run.length * config.kv_heads * config.head_dim * b / 8
-        for run, b in zip(plan.runs, bits, strict=True)
-        if run.window is None
+        2 * len(group.layers) * config.kv_heads * config.head_dim * b / 8
+        for group, b in zip(plan.groups, bits, strict=True)
+        if group.window is None
     ]
     total = sum(cache_bytes(cache) for cache in caches)
     ratio = total / plain_bytes(config, context, batch)

@@ -127,28 +127,52 @@ def _legend(axes: Axes, rows: Sequence[Row], floor: float) -> Legend:
 
 
 def _label(axes: Axes, renderer, rows: Sequence[Row], marks, ends, legend: Box) -> None:
-    """Puts each name where it covers the least: greedy, then twice more knowing all the others."""
     names = [one_line(row.get("method")) for row in rows]
+    errors = [_finite(number(row, "kl_se")) for row in rows]
+    line = [tuple(axes.transData.transform(end)) for end in ends]
+    steps = [box for a, b in itertools.pairwise(line) for box in _steps(a, b)]
+    place_names(axes, renderer, names, marks, errors, taken=[legend], crossed=steps)
+
+
+def place_names(
+    axes: Axes,
+    renderer,
+    names: Sequence[str],
+    marks: Sequence[tuple[float, float]],
+    errors: Sequence[float],
+    *,
+    taken: Sequence[Box],
+    crossed: Sequence[Box],
+    size: float = 12,
+    sideways: Sequence[float] = (14, 30),
+) -> None:
+    """Puts each name where it covers the least: greedy, then twice more knowing all the others.
+
+    Args:
+      names: of the marks; "" for one that gets none.
+      errors: half lengths of the error bars.
+      taken: what names should not cover. crossed: what they may sooner.
+      size: of the letters, in points. sideways: how far off a name may begin, in pixels.
+    """
     to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
     pixels = [tuple(to_pixels(mark)) for mark in marks]
-    fixed_boxes = [legend, *(_around(x, y, 9, 9) for x, y in pixels)]
-    for row, (bits, kl), (x, _) in zip(rows, marks, pixels, strict=True):
-        error = _finite(number(row, "kl_se"))
+    fixed_boxes = [*taken, *(_around(x, y, 9, 9) for x, y in pixels)]
+    for (bits, kl), (x, _), error in zip(marks, pixels, errors, strict=True):
         low = max(kl - error, axes.get_ylim()[0])
         fixed_boxes.append(
             (x - 5, to_pixels((bits, low))[1], x + 5, to_pixels((bits, kl + error))[1])
         )
-    line = [tuple(to_pixels(end)) for end in ends]
-    steps = [box for a, b in itertools.pairwise(line) for box in _steps(a, b)]
     frame = tuple(axes.get_window_extent(renderer).extents)
-    texts = [_text_at(axes, name, mark) for name, mark in zip(names, marks, strict=True)]
+    texts = [_text_at(axes, name, mark, size) for name, mark in zip(names, marks, strict=True)]
     sizes = [text.get_window_extent(renderer).size for text in texts]
     near = [sum(math.dist(a, b) < 120 for b in pixels) for a in pixels]
-    order = sorted(range(len(marks)), key=lambda i: -near[i])
+    order = sorted((i for i, name in enumerate(names) if name), key=lambda i: -near[i])
     spots: dict[int, _Spot] = {}
     for i in order * 3:
         others = [spot for n, spot in spots.items() if n != i]
-        spots[i] = _place(pixels[i], sizes[i], pixels, fixed_boxes, others, steps, frame)
+        spots[i] = _place(
+            pixels[i], sizes[i], pixels, fixed_boxes, others, crossed, frame, sideways
+        )
     for i, spot in spots.items():
         texts[i].set_position((spot.box[0] + 2 - pixels[i][0], spot.middle - pixels[i][1]))
         if spot.leader:
@@ -156,10 +180,10 @@ def _label(axes: Axes, renderer, rows: Sequence[Row], marks, ends, legend: Box) 
             axes.plot(*points, color=texts[i].get_color(), lw=0.8, zorder=1.5)
 
 
-def _text_at(axes: Axes, name: str, mark):
+def _text_at(axes: Axes, name: str, mark, size: float):
     short = name if len(name) <= 40 else f"{name[:19]}…{name[-19:]}"
     shade = tuple(0.72 * channel for channel in to_rgb(FAMILIES[family(name)][0]))
-    style: dict[str, Any] = {"size": 12, "color": shade, "va": "center", "parse_math": False}
+    style: dict[str, Any] = {"size": size, "color": shade, "va": "center", "parse_math": False}
     return axes.annotate(short, mark, (0, 0), textcoords="offset pixels", zorder=4, **style)
 
 
@@ -174,15 +198,19 @@ class _Spot(NamedTuple):
         return (self.box[1] + self.box[3]) / 2
 
 
-def _place(at, size, pixels, fixed_boxes, others: Sequence[_Spot], steps, frame) -> _Spot:
+def _place(
+    at, size, pixels, fixed_boxes, others: Sequence[_Spot], crossed_boxes, frame, sideways
+) -> _Spot:
     """The cheapest spot for a name of `size` pixels near the point `at`."""
     (wide, tall), spots = size, []
     shifts = [0, 14, -14, 22, -22, 34, -34, 48, -48, 64, -64, 82, -82, 102, -102]
     names = np.array([spot.box for spot in others])
     blocked = np.array([*fixed_boxes, *(spot.box for spot in others)])
     threads = [_around(*dot, 4, 4) for spot in others for dot in spot.leader]
-    crossed = np.array([*steps, *threads])
-    for dy, dx in itertools.product(shifts, (14, -14 - wide, -wide / 2, 30, -30 - wide)):
+    crossed = np.array([*crossed_boxes, *threads])
+    first, *more = sideways
+    across = [first, -first - wide, -wide / 2, *(x for far in more for x in (far, -far - wide))]
+    for dy, dx in itertools.product(shifts, across):
         x, y = at[0] + dx, at[1] + dy
         box = (x - 2, y - tall / 2 - 1, x + wide + 2, y + tall / 2 + 1)
         spot = _Spot(box, _leader(at, box))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from kvjax.generate.loop import State, step
-from kvjax.generate.plan import Plan, prepare_params
+from kvjax.generate.plan import Plan
 from kvjax.models.decoder import Params
 
 
@@ -23,13 +23,12 @@ def race(
       rounds: how often everyone has a turn of `steps` steps.
     """
     states = {name: state for name, (_, state) in contenders.items()}
-    grouped = {name: prepare_params(plan, params) for name, (plan, _) in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, (plan, _) in contenders.items():
             for _ in range(steps):
                 begin = time.perf_counter()
-                states[name] = jax.block_until_ready(step(plan, grouped[name], states[name]))
+                states[name] = jax.block_until_ready(step(plan, params, states[name]))
                 if turn:  # the first turn compiles and warms up
                     seconds[name].append(time.perf_counter() - begin)
     return {name: float(np.median(times)) for name, times in seconds.items()}

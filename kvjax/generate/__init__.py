@@ -8,7 +8,6 @@ from kvjax.generate.plan import (
     forward_block,
     init_caches,
     make_plan,
-    prepare_params,
 )
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "make_plan",
     "pad_prompts",
     "prefill",
-    "prepare_params",
     "start",
     "step",
 ]

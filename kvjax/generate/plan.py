@@ -2,50 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.cache import Cache, append, attend, extend, init
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.pytree import pytree, static
-from kvjax.models.config import ModelConfig, Run, layer_runs
-from kvjax.models.decoder import Params, decode_layers, regroup
+from kvjax.models.config import ModelConfig, layer_runs
+from kvjax.models.decoder import Params, decode_layers
 
 Array = jax.Array
 
 
-@pytree
-class Plan:
-    """Methods by run of layers. A pytree: arrays of the methods are traced, all else is static.
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers of one run whose methods have one structure: one cache, and one compiled body.
 
     Attributes:
-      methods: one per run; where layers of a run have arrays of their own, these are stacked.
-      stacked: per run, whether that is so.
-      runs: consecutive layers that go through one scan.
+      layers: their numbers in the model, rising. run: as of `layer_runs`. window: of that run.
+    """
+
+    layers: tuple[int, ...]
+    run: int
+    window: int | None
+
+
+@pytree
+class Plan:
+    """Methods by group of layers. A pytree: arrays of the methods are traced, all else is static.
+
+    Attributes:
+      methods: one per group; where layers of a group have arrays of their own, these are stacked.
+      stacked: per group, whether that is so.
+      groups: in order of their runs; caches come one per group.
     """
 
     methods: tuple[Method, ...]
     stacked: tuple[bool, ...] = static()
-    runs: tuple[Run, ...] = static()
+    groups: tuple[Group, ...] = static()
     config: ModelConfig = static()
+
+    def in_run(self, run: int) -> list[int]:
+        """The groups of a run."""
+        return [i for i, group in enumerate(self.groups) if group.run == run]
 
 
 def make_plan(config: ModelConfig, method: Method | Sequence[Method]) -> Plan:
     """Spreads a method, or one method per layer, over a model.
 
-    Layers scan together where window, method structure and layout agree; different arrays
-    (calibration) are stacked.
+    A run of alike layers is one loop. Where its layers' methods differ in arrays only (calibration)
+    these are stacked; where they differ in structure, each structure is compiled once and the loop
+    chooses, so ten layers of two kinds cost two bodies in whatever order they come.
 
     Raises:
       InputError: methods that do not fit the head_dim, or not one per layer.
     """
+    runs = layer_runs(config)
     if isinstance(method, Method):
         method.check(config.head_dim)
-        runs = layer_runs(config)
-        return Plan((method,) * len(runs), (False,) * len(runs), runs, config)
+        groups = tuple(
+            Group(tuple(range(r.start, r.stop)), i, r.window) for i, r in enumerate(runs)
+        )
+        return Plan((method,) * len(runs), (False,) * len(runs), groups, config)
     methods = tuple(method)
     if len(methods) != config.layers:
         raise InputError(
@@ -56,14 +80,18 @@ def make_plan(config: ModelConfig, method: Method | Sequence[Method]) -> Plan:
         )
     for one in methods:
         one.check(config.head_dim)
-    keys = [(jax.tree.structure(m), tuple(a.shape for a in jax.tree.leaves(m))) for m in methods]
-    runs = layer_runs(config, keys)
-    stack = lambda run: jax.tree.map(lambda *a: jnp.stack(a), *methods[run.start : run.stop])
-    return Plan(tuple(stack(run) for run in runs), (True,) * len(runs), runs, config)
+    kinds = [(jax.tree.structure(m), tuple(a.shape for a in jax.tree.leaves(m))) for m in methods]
+    members: dict[tuple[int, Any], list[int]] = {}
+    for i, run in enumerate(runs):
+        for layer in range(run.start, run.stop):
+            members.setdefault((i, kinds[layer]), []).append(layer)
+    groups = tuple(Group(tuple(own), key[0], runs[key[0]].window) for key, own in members.items())
+    stack = lambda group: jax.tree.map(lambda *a: jnp.stack(a), *(methods[n] for n in group.layers))
+    return Plan(tuple(map(stack, groups)), (True,) * len(groups), groups, config)
 
 
 def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) -> tuple[Cache, ...]:
-    """Empty caches, one per run of layers; `dtype` is that of their exact windows.
+    """Empty caches, one per group of layers; `dtype` is that of their exact windows.
 
     Raises:
       InputError: a capacity beyond the model's positions.
@@ -84,20 +112,12 @@ def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) ->
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             batch=batch,
-            layers=run.length,
-            window=run.window,
+            layers=len(group.layers),
+            window=group.window,
             dtype=dtype,
         )
-        for method, stacked, run in zip(plan.methods, plan.stacked, plan.runs, strict=True)
+        for method, stacked, group in zip(plan.methods, plan.stacked, plan.groups, strict=True)
     )
-
-
-def prepare_params(plan: Plan, params: Params) -> Params:
-    """The weights, stacked as the plan's runs are."""
-    lengths = [run.length for run in plan.runs]
-    if [layers.attn_norm.shape[0] for layers in params.runs] == lengths:
-        return params
-    return regroup(params, plan.runs)
 
 
 def forward_block(
@@ -118,26 +138,76 @@ def forward_block(
     t = tokens.shape[1]
     positions = caches[0].length[0][:, None] + jnp.arange(t)  # [b, t]
 
-    def layer_attend(run, layer, cache, q, k, v, extra):
-        method = extra if plan.stacked[run] else plan.methods[run]
+    def one_layer(method, cache, slot, q, k, v):
         if t > 1:
-            return extend(method, cache, q, k, v, layer=layer, count=count, scale=1.0)
+            return extend(method, cache, q, k, v, layer=slot, count=count, scale=1.0)
         active = None if count is None else count > 0
-        cache = append(method, cache, k[:, 0], v[:, 0], layer=layer, active=active)
-        return attend(method, cache, q[:, 0], layer=layer, scale=1.0)[:, None], cache
+        cache = append(method, cache, k[:, 0], v[:, 0], layer=slot, active=active)
+        return attend(method, cache, q[:, 0], layer=slot, scale=1.0)[:, None], cache
 
-    xs = tuple(m if s else None for m, s in zip(plan.methods, plan.stacked, strict=True))
-    return decode_layers(
-        params, plan.config, tokens, positions, layer_attend, caches, runs=plan.runs, xs=xs
+    def layer_attend(run, layer, own, q, k, v, extra):
+        groups = plan.in_run(run)
+        if len(groups) == 1:
+            method = extra if plan.stacked[groups[0]] else plan.methods[groups[0]]
+            out, cache = one_layer(method, own[0], layer, q, k, v)
+            return out, (cache,)
+        kind, slot = extra
+
+        out, caches = jnp.zeros_like(q, jnp.float32), []
+        for at, (i, cache) in enumerate(zip(groups, own, strict=True)):
+
+            def body(carry, i=i):
+                method = jax.tree.map(lambda a: a[slot], plan.methods[i])
+                return one_layer(method, carry[1], slot, q, k, v)
+
+            out, cache = _only_if(kind == at, body, (out, cache))
+            caches.append(cache)
+        return out, tuple(caches)
+
+    by_run = [plan.in_run(run) for run in range(len(layer_runs(plan.config)))]
+    hidden, nested, finite = decode_layers(
+        params,
+        plan.config,
+        tokens,
+        positions,
+        layer_attend,
+        [tuple(caches[i] for i in groups) for groups in by_run],
+        xs=[_layer_inputs(plan, groups) for groups in by_run],
     )
+    flat = {
+        i: cache
+        for groups, own in zip(by_run, nested, strict=True)
+        for i, cache in zip(groups, own, strict=True)
+    }
+    return hidden, tuple(flat[i] for i in range(len(caches))), finite
+
+
+def _only_if(condition: Array, body: Callable, carry):
+    """`body(carry)` or `carry`, as a loop of one turn or none: XLA updates the carry of a loop in
+    place, and copies what goes through a branch."""
+    step = lambda state: (jnp.bool_(False), body(state[1]))
+    return jax.lax.while_loop(lambda state: state[0], step, (condition, carry))[1]
+
+
+def _layer_inputs(plan: Plan, groups: list[int]):
+    """What each layer of a run is given: its method, or which of the groups it is in and where."""
+    if len(groups) == 1:
+        return plan.methods[groups[0]] if plan.stacked[groups[0]] else None
+    places = {
+        layer: (kind, slot)
+        for kind, i in enumerate(groups)
+        for slot, layer in enumerate(plan.groups[i].layers)
+    }
+    kind, slot = np.array([places[layer] for layer in sorted(places)], np.int32).T
+    return jnp.asarray(kind), jnp.asarray(slot)
 
 
 def block_size(plan: Plan, longest: int, wanted: int = 256) -> int:
     """Tokens per prefill block for prompts of up to `longest`: at most `wanted`, no more padding
     than the next power of two, and a page at most where a sliding window demands it."""
     sizes = [min(wanted, max(16, 1 << (longest - 1).bit_length()))]
-    for method, run in zip(plan.methods, plan.runs, strict=True):
-        if run.window is not None:
+    for method, group in zip(plan.methods, plan.groups, strict=True):
+        if group.window is not None:
             sizes.append(method.layout.page)
     return min(sizes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -44,7 +45,7 @@ def describe(method: Method, head_dim: int) -> str:
 def code_bits(codec: Codec, head_dim: int, page: int) -> float:
     """True bits per value of a page's code."""
     leaves = jax.tree.leaves(_code_shape(codec, head_dim, page))
-    return sum(a.size * a.dtype.itemsize for a in leaves) * 8 / (page * head_dim)
+    return sum(map(_bits, leaves)) / (page * head_dim)
 
 
 def attention_choice() -> str:
@@ -60,10 +61,15 @@ def _code_shape(codec: Codec, head_dim: int, page: int):
     return jax.eval_shape(codec.encode, x, jax.ShapeDtypeStruct((1, 1, 1, page), jnp.int32))
 
 
+def _bits(leaf: jax.ShapeDtypeStruct) -> int:
+    """Of one head: codecs with arrays per head code as many heads as they have."""
+    return math.prod(leaf.shape[3:]) * leaf.dtype.itemsize * 8
+
+
 def _parts(codec: Codec, head_dim: int, page: int) -> Iterator[str]:
     leaves, _ = jax.tree.flatten_with_path(_code_shape(codec, head_dim, page))
     for path, a in leaves:
-        cost = a.size * a.dtype.itemsize * 8 / (page * head_dim)
+        cost = _bits(a) / (page * head_dim)
         name = jax.tree_util.keystr(path).lstrip(".") or "code"
         yield f"{cost:.3f} bits  {name}: {a.dtype}{list(a.shape[3:])}"
 

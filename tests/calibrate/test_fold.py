@@ -17,7 +17,7 @@ from kvjax.codecs import Hadamard, Linear, Matrix, Orthogonal, TokenScale, Trans
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.pytree import same
-from kvjax.generate.plan import forward_block, init_caches, make_plan, prepare_params
+from kvjax.generate.plan import forward_block, init_caches, make_plan
 from kvjax.models.causal import keys_and_values
 from kvjax.models.config import layer_runs
 from kvjax.models.decoder import Params, logits, regroup
@@ -130,7 +130,7 @@ def outputs(config, method, params: Params, ids: jax.Array) -> np.ndarray:
     plan = make_plan(config, method)
     caches = init_caches(plan, batch=1, capacity=64, dtype=jnp.float32)
     run = jit(lambda plan, params, caches, ids: forward_block(plan, params, caches, ids)[:2])
-    params, parts = prepare_params(plan, params), []
+    parts = []
     for block in jnp.split(ids[:, :32], 2, axis=1):
         hidden, caches = run(plan, params, caches, block)
         parts.append(hidden[0])

@@ -8,7 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from kvjax.calibrate.klt import LLOYD_MAX_ERROR, TRELLIS_ERROR, allocate, blocks, metric_klt
+from kvjax.calibrate.klt import (
+    LLOYD_MAX_ERROR,
+    TRELLIS_ERROR,
+    allocate,
+    allocate_layers,
+    blocks,
+    metric_klt,
+    mix,
+)
 from kvjax.codecs import Trellis
 from kvjax.core.errors import InputError
 
@@ -81,6 +89,79 @@ def test_allocation_is_falling_and_adds_up():
     for bits in (-1, 5.5, 2.1):
         with pytest.raises(InputError, match="on average"):
             allocate(weight, bits)
+
+
+def test_bits_by_layer_are_the_best_bits():
+    """Among all allocations of 6 bits to 2 layers of 2 coordinates in 2 heads."""
+    for seed in range(20):
+        weight = np.exp(2 * np.random.default_rng(seed).normal(size=(2, 2, 2)))
+        weight = np.sort(weight, -1)[..., ::-1]
+
+        def cost(widths, w=weight):
+            return (w * np.array(TRELLIS_ERROR)[np.array(widths)][:, None]).sum()
+
+        rivals = (
+            ((a, b), (c, d))
+            for a, b, c, d in itertools.product(range(6), repeat=4)
+            if a + b + c + d == 6
+        )
+        assert cost(allocate_layers(weight, 1.5)) == pytest.approx(min(map(cost, rivals)))
+
+
+def test_layers_of_few_kinds():
+    rng = np.random.default_rng(4)
+    size = np.exp(2 * rng.normal(size=12))
+    weight = size[:, None, None] * np.sort(np.exp(rng.normal(size=(12, 2, 16))))[..., ::-1]
+    cost = lambda widths: (weight * np.array(TRELLIS_ERROR)[np.array(widths)][:, None]).sum()
+    by_kinds = {k: allocate_layers(weight, 2.0, kinds=k) for k in (1, 2, 3, 12)}
+    for kinds, widths in by_kinds.items():
+        assert len(set(widths)) <= kinds
+        assert 2 * 16 - 1 < np.sum(widths) / 12 <= 2 * 16
+    costs = [cost(widths) for widths in by_kinds.values()]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-2] < 0.5 * costs[0]
+    bits = np.sum(by_kinds[3], -1)
+    assert (np.diff(bits[np.argsort(size)]) >= -8).all()  # what matters more gets more
+
+
+def test_widths_can_be_restricted():
+    weight = metric_klt(gram(7), gram(8)).weight
+    cost = lambda widths: (weight * np.array(LLOYD_MAX_ERROR)[list(widths)]).sum()
+    free = allocate(weight, 2.0, errors=LLOYD_MAX_ERROR)
+    tiers = allocate(weight, 2.0, errors=LLOYD_MAX_ERROR, choices=(0, 2, 4))
+    assert set(tiers) <= {0, 2, 4}
+    assert sum(tiers) == 2 * D
+    flat = allocate(weight, 2.0, errors=LLOYD_MAX_ERROR, choices=(0, 2))
+    assert flat == (2,) * D
+    assert cost(free) <= cost(tiers) < cost(flat)
+    with pytest.raises(InputError, match="a sum of widths"):
+        allocate(weight[:, :3], 1.0, choices=(0, 2))
+
+
+def test_mixing_turns_what_has_one_width():
+    metric, cov = gram(7)[None], gram(8)[None]  # one layer
+    plain = metric_klt(metric, cov)
+    widths = (4, 4, 4, 3, 3, 2, 2, 2, 1, 0, 0, 0)
+    mixed = mix(plain, [widths], rng=jax.random.key(0))
+    eye = np.tile(np.eye(D), (1, 3, 1, 1))
+    np.testing.assert_allclose(mixed.forward @ mixed.inverse, eye, atol=1e-5)
+    white = mixed.forward @ cov @ mixed.forward.swapaxes(-1, -2)
+    np.testing.assert_allclose(white, eye, atol=1e-5)
+    turn = mixed.forward @ plain.inverse
+    start = 0
+    for bits, count in blocks(widths):
+        run = slice(start, start + count)
+        start += count
+        assert abs(turn[..., run, : start - count]).max(initial=0) < 1e-5  # nothing from elsewhere
+        assert abs(turn[..., run, start:]).max(initial=0) < 1e-5
+        if bits and count > 1:
+            assert abs(turn[..., run, run] - np.eye(count)).max() > 0.1
+            np.testing.assert_allclose(
+                mixed.weight[..., run],
+                plain.weight[..., run].mean(-1, keepdims=True).repeat(count, -1),
+            )
+        else:
+            np.testing.assert_array_equal(mixed.weight[..., run], plain.weight[..., run])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])

@@ -10,7 +10,7 @@ import pytest
 
 import kvjax
 from kvjax import Layout, Method
-from kvjax.codecs import Dense
+from kvjax.codecs import Dense, Tiers
 from kvjax.core.errors import InputError
 from kvjax.generate import (
     advance,
@@ -19,7 +19,6 @@ from kvjax.generate import (
     generate,
     init_caches,
     make_plan,
-    prepare_params,
     start,
     step,
 )
@@ -132,12 +131,49 @@ def test_one_method_per_layer(llama):
         for i, name in enumerate(names)
     ]
     plan = make_plan(llama.config, methods)
-    assert [run.length for run in plan.runs] == [1, llama.config.layers - 1]
-    params = prepare_params(plan, llama.params)
-    tokens, _ = generate(plan, params, [tokens_for(llama, 50).tolist()], max_new=4)
+    assert [len(group.layers) for group in plan.groups] == [1, llama.config.layers - 1]
+    tokens, _ = generate(plan, llama.params, [tokens_for(llama, 50).tolist()], max_new=4)
     assert tokens.shape == (1, 4)
     with pytest.raises(InputError, match=r"methods: got 1 of them; expected one for each"):
         make_plan(llama.config, methods[:1])
+
+
+def test_layers_of_two_kinds_share_a_loop(llama):
+    """Layers 0 and 2 alike, 1 of another structure: the same numbers as one structure for all."""
+    config, d = llama.config, llama.config.head_dim
+    plain = [kvjax.methods.get("int4", d, layout=LAYOUT)] * config.layers
+    other = Method(Tiers((plain[1].key,), (d,)), plain[1].value, LAYOUT)
+    mixed = make_plan(config, [plain[0], other, plain[2]])
+    assert [group.layers for group in mixed.groups] == [(0, 2), (1,)]
+    prompt = [tokens_for(llama, 70).tolist()]
+    states = [
+        start(plan, llama.params, prompt, max_new=600) for plan in (make_plan(config, plain), mixed)
+    ]
+    for _ in range(40):
+        states = [
+            step(plan, llama.params, state)
+            for plan, state in zip((make_plan(config, plain), mixed), states, strict=True)
+        ]
+    one, two = (state.caches for state in states)
+    for layer, cache, slot in ((0, two[0], 0), (1, two[1], 0), (2, two[0], 1)):
+        np.testing.assert_array_equal(one[0].window_key[layer], cache.window_key[slot])
+        np.testing.assert_array_equal(one[0].packed[layer], cache.packed[slot])
+    words = lambda cache, n: [
+        np.asarray(a[n]) for a in jax.tree.leaves((cache.key_pages, cache.value_pages))
+    ]
+    for layer, cache, slot in ((1, two[1], 0), (2, two[0], 1)):
+        for a, b in zip(words(one[0], layer), words(cache, slot), strict=True):
+            np.testing.assert_array_equal(a, b)
+    # The branch not taken moves no cache.
+    compiled = jax.jit(advance, donate_argnums=2).lower(mixed, llama.params, states[1]).compile()
+    memory = compiled.memory_analysis()
+    held = sum(kvjax.cache_bytes(cache) for cache in two)
+    assert memory.alias_size_in_bytes >= held
+    plain_step = jax.jit(advance, donate_argnums=2).lower(
+        make_plan(config, plain), llama.params, states[0]
+    )
+    extra = memory.temp_size_in_bytes - plain_step.compile().memory_analysis().temp_size_in_bytes
+    assert extra < 0.1 * held, (extra, held)
 
 
 def test_nan_names_its_layer(llama):
