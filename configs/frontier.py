@@ -20,11 +20,12 @@ def get_config(variant: str = "full") -> ConfigDict:
                 *each("trellis-", 4, 3, 2), "polarquant", "oscar", "oscar-lloyd-max",
                 *each("centred-", 4, 3, 2), *each("balanced-", 4, 3, 2),
                 *each("klt-lloyd-max-", 4, 3, 2), *each("klt-", 4, 3, 2),
-                *each("klt-fisher-", 4, 3, 2), *each("klt-fisher-tiers-", 3, 2),
+                *each("klt-fisher-", 4, 3, 2), *each("klt-layers-", 4, 3, 2),
+                *each("klt-layers-tiers-", 3, 2), "oscar-canalized-2", "quarot-4",
             ),
-            "transfer_methods": ("turboquant-2", "oscar", "klt-2", "klt-fisher-2"),
-            "seed_methods": ("turboquant-2", "trellis-2", "klt-lloyd-max-2", "klt-2"),
-            "position_methods": ("turboquant-2", "oscar", "klt-after-rope-2", "klt-2"),
+            "transfer_methods": ("turboquant-2", "oscar", "klt-2", "klt-layers-2"),
+            "seed_methods": ("turboquant-2", "trellis-2", "klt-2", "klt-layers-2"),
+            "position_methods": ("turboquant-2", "oscar", "klt-2", "klt-layers-2"),
             "seeds": (0, 1, 2, 3, 4),  # of rotations and sketches; all but `seeds` takes the first
             "layouts": ((4, 64, 64), (64, 256, 64)),  # sink, recent, page; the others take one
             "context": 2048,

@@ -72,6 +72,29 @@ def metric_klt(metric: np.ndarray, cov: np.ndarray, *, damping: float = 0.01) ->
     return Transform(forward, inverse, weight)
 
 
+def shrink(cov: np.ndarray, tokens: int) -> np.ndarray:
+    """A covariance that few tokens made, drawn towards its diagonal; from `8 d` tokens on as it is.
+
+        (1 - g) cov + g diag(cov),   g = shrinkage(tokens, d)
+
+    Fewer tokens than channels leave directions in which calibration saw no key move at all; coding
+    in them would blow up what other texts have there.
+    """
+    d = cov.shape[-1]
+    g = shrinkage(tokens, d)
+    return (1 - g) * cov + g * cov * np.eye(d) if g else cov
+
+
+def shrinkage(tokens: int, d: int) -> float:
+    """How far `shrink` goes: 0 from `8 d` tokens on, 1 at none.
+
+    Example:
+      >>> shrinkage(8192, 64), shrinkage(256, 64)
+      (0.0, 0.5)
+    """
+    return max(0.0, 1 - tokens / (8 * d))
+
+
 def allocate(
     weight: np.ndarray,
     bits: float,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.calibrate.hybrid import Leaf, Mean, value_codec, without_mean
+from kvjax.calibrate.hybrid import Leaf, Mean, key_covariance, value_codec, without_mean
 from kvjax.calibrate.klt import metric_klt
 from kvjax.calibrate.moments import Moments
 from kvjax.codecs import (
@@ -80,7 +80,7 @@ def balanced(
     uniform grid.
     """
     layers, _, d = moments.shape
-    basis = metric_klt(moments.query_gram, _cov(moments, mean))
+    basis = metric_klt(moments.query_gram, key_covariance(moments, mean))
     q = np.asarray(Hadamard.random(d, rng=fold(rng, "key")).forward(jnp.eye(d)), np.float64).T
     scale = basis.weight**0.25  # [l, h, d]
     forward = q @ (scale[..., None] * basis.forward)
@@ -112,7 +112,3 @@ RUNGS: dict[str, Rung] = {
 def _one_width(bits: int, d: int, leaf: Leaf, gain: Gain) -> Normalized:
     code = Trellis(bits, std=d**-0.5) if leaf == "trellis" else Codebook.lloyd_max(d, bits)
     return Normalized(code, gain=gain)
-
-
-def _cov(moments: Moments, mean: Mean) -> np.ndarray:
-    return moments.key_cov_pre if mean == "rotary" else moments.key_cov

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     import kvjax
     from kvjax.calibrate.artefact import Provenance, save_moments
     from kvjax.calibrate.fingerprint import fingerprint
+    from kvjax.calibrate.klt import shrinkage
     from kvjax.calibrate.moments import measure_moments
     from kvjax.calibrate.sensitivity import measure_sensitivity
     from kvjax.cli.compare import write_json
@@ -95,8 +96,9 @@ def run(args: argparse.Namespace) -> int:
     layers, heads, d = moments.shape
     if moments.tokens < 8 * d:
         print(
-            f"kvjax: {moments.tokens} tokens for matrices of {d} channels: fewer than {8 * d} fit "
-            "them loosely; give more --tokens",
+            f"kvjax: {moments.tokens} tokens for covariances of {d} channels, fewer than {8 * d}: "
+            f"methods will draw these {shrinkage(moments.tokens, d):.0%} of the way to their "
+            "diagonals; better give more --tokens",
             file=sys.stderr,
         )
     about = Provenance(

@@ -16,6 +16,7 @@ from kvjax.calibrate.klt import (
     blocks,
     metric_klt,
     mix,
+    shrink,
 )
 from kvjax.codecs import Trellis
 from kvjax.core.errors import InputError
@@ -122,6 +123,20 @@ def test_layers_of_few_kinds():
     assert costs[-2] < 0.5 * costs[0]
     bits = np.sum(by_kinds[3], -1)
     assert (np.diff(bits[np.argsort(size)]) >= -8).all()  # what matters more gets more
+
+
+def test_few_tokens_are_shrunk_and_many_are_not():
+    rng = np.random.default_rng(9)
+    scale = np.logspace(0, -1, D)  # channels that differ stay different
+    seen, unseen = (rng.normal(size=(n, D)) * scale for n in (D // 2, 4000))
+    cov = seen.T @ seen / len(seen)
+    assert shrink(cov, 8 * D) is cov
+    drawn = shrink(cov, len(seen))
+    np.testing.assert_array_equal(np.diag(drawn), np.diag(cov))
+    forward = [metric_klt(np.eye(D), c).forward for c in (cov, drawn)]
+    raw, safe = ((unseen @ f.T) ** 2 for f in forward)
+    assert raw.mean() > 1e3  # directions that calibration did not see
+    assert safe.mean() < 20
 
 
 def test_widths_can_be_restricted():
