@@ -97,7 +97,7 @@ def klt(
         )
     layers, _, d = moments.shape
     value_bits = bits if value_bits is None else value_bits
-    transform = metric_klt(_cost(moments, metric), key_covariance(moments, mean))
+    transform = metric_klt(key_cost(moments, metric), key_covariance(moments, mean))
     errors = TRELLIS_ERROR if leaf == "trellis" else LLOYD_MAX_ERROR
     if by_layer:
         widths = allocate_layers(transform.weight, bits, errors=errors, choices=choices)
@@ -132,7 +132,8 @@ def without_mean(moments: Moments, layer: int, mean: Mean, inner: Codec) -> Code
     return Centered(per_head(moments.key_mean), inner)
 
 
-def _cost(moments: Moments, metric: Metric) -> np.ndarray:
+def key_cost(moments: Moments, metric: Metric) -> np.ndarray:
+    """`[l, h, d, d]`: what errors of keys cost, in that metric."""
     if metric == "queries":
         return moments.query_gram
     if moments.key_fisher is None:

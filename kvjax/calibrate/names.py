@@ -12,6 +12,7 @@ from kvjax.calibrate.hybrid import klt
 from kvjax.calibrate.moments import Moments
 from kvjax.calibrate.oscar import oscar_rotation, pooled, transform
 from kvjax.calibrate.rungs import RUNGS
+from kvjax.calibrate.tuned_file import load_tuned, with_tuned
 from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
@@ -22,6 +23,8 @@ from kvjax.models.config import ModelConfig
 
 Target = Literal["paper", "code"]
 Calibrated = Callable[[Moments, jax.Array], tuple[Method, ...]]  # one per layer
+
+TUNED = "tuned:"  # before the path of what `kvjax tune` wrote
 
 
 def _klt(bits: int, **options) -> Calibrated:
@@ -97,10 +100,12 @@ def get_for_model(
 ) -> Method | tuple[Method, ...]:
     """Any method by name, calibrated or not, as `make_plan` takes it.
 
+    `tuned:FILE` is the method that `kvjax tune` wrote into FILE, or into that folder.
+
     Raises:
-      InputError: an unknown name, or a calibrated one without moments.
+      InputError: an unknown name, a calibrated one without moments, or a file of other moments.
     """
-    if name not in CALIBRATED:
+    if name not in CALIBRATED and not name.startswith(TUNED):
         return get(name, config.head_dim, layout=layout, seed=seed)
     if moments is None:
         raise InputError(
@@ -109,20 +114,25 @@ def get_for_model(
             expected="moments of this model",
             fix=f"run `kvjax calibrate --model {config.name}`, and name its folder: --calibration",
         )
-    return get_calibrated(name, moments, layout=layout, seed=seed)
+    if not name.startswith(TUNED):
+        return get_calibrated(name, moments, layout=layout, seed=seed)
+    tuned, made = load_tuned(name.removeprefix(TUNED), config, moments)
+    methods = with_tuned(get_calibrated(made.method, moments, layout=layout, seed=seed), tuned)
+    return tuple(dataclasses.replace(method, name=name) for method in methods)
 
 
 def check_name(name: str, calibration: object) -> None:
     """Raises `InputError` for an unknown name, or a calibrated one where `calibration` is None."""
+    calibrated = name in CALIBRATED or name.startswith(TUNED)
     parts = set(name.split("/"))
-    if name not in CALIBRATED and not parts <= set(RECIPES):
+    if not calibrated and not parts <= set(RECIPES):
         raise InputError(
             "method",
             got=repr(name),
-            expected=known([*RECIPES, *CALIBRATED]),
+            expected=known([*RECIPES, *CALIBRATED, f"{TUNED}FILE"]),
             fix="use one of these names, or KEYS/VALUES to mix two that need no calibration",
         )
-    if name not in CALIBRATED:
+    if not calibrated:
         recipes(name)
     elif calibration is None:
         raise InputError(

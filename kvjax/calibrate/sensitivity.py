@@ -19,7 +19,7 @@ from kvjax.models.decoder import Params, apply_rope, decode_layers, logits, rope
 
 Array = jax.Array
 
-_PREDICTIONS = 128  # at a time, so that their logits take [128, V]
+PREDICTIONS = 128  # at a time, so that their logits take [128, V]
 
 
 def measure_sensitivity(
@@ -61,7 +61,7 @@ def measure_sensitivity(
     weights of single values see KVQuant (arXiv 2401.18079).
     """
     layout = layout or Layout(sink=4, recent=64, page=64)
-    check_windows(windows, layout.sink + layout.recent, multiple=_PREDICTIONS)
+    check_windows(windows, layout.sink + layout.recent, multiple=PREDICTIONS)
     d = config.head_dim
     ridge = 1e-4 * np.trace(moments.key_cov_pre, axis1=-2, axis2=-1)[..., None, None] / d
     single = lambda a: jnp.asarray(a, jnp.float32)
@@ -118,7 +118,7 @@ def _window(params: Params, config: ModelConfig, layout: Layout, tokens: Array, 
         hidden, lengths, _ = decode_layers(
             params, config, tokens[None], positions[None], attend, blank, xs=xs
         )
-        return _drawn(params, config, hidden[0], rng), jnp.concatenate(lengths)
+        return drawn_log_likelihood(params, config, hidden[0], rng), jnp.concatenate(lengths)
 
     nothing = jnp.zeros((config.layers, t, h, d))
     gradients, lengths = jax.grad(log_likelihood, has_aux=True)((nothing, nothing))
@@ -127,7 +127,7 @@ def _window(params: Params, config: ModelConfig, layout: Layout, tokens: Array, 
     return {"key_fisher": key, "value_fisher": value}
 
 
-def _drawn(params: Params, config: ModelConfig, hidden: Array, rng: Array) -> Array:
+def drawn_log_likelihood(params: Params, config: ModelConfig, hidden: Array, rng: Array) -> Array:
     """The log-likelihood of one token per position, drawn from the predictions themselves."""
 
     @jax.checkpoint
@@ -137,5 +137,5 @@ def _drawn(params: Params, config: ModelConfig, hidden: Array, rng: Array) -> Ar
         label = jax.random.categorical(rng, jax.lax.stop_gradient(scores))
         return jnp.take_along_axis(scores, label[:, None], 1).sum()
 
-    blocks = hidden.reshape(-1, _PREDICTIONS, hidden.shape[-1])
+    blocks = hidden.reshape(-1, PREDICTIONS, hidden.shape[-1])
     return jax.lax.map(some, (blocks, jax.random.split(rng, len(blocks)))).sum()

@@ -8,13 +8,15 @@ import json
 import os
 from pathlib import Path
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kvjax.calibrate.moments import Moments
+from kvjax.codecs import Linear, Matrix, RotaryMean
 from kvjax.core.errors import InputError
+from kvjax.core.method import Method
 from kvjax.models.config import ModelConfig
 
 FORMAT, VERSION, FILE = "kvjax.calibrate.Tuned", "1", "tuned.safetensors"
@@ -30,9 +32,9 @@ class Tuned:
       mean: `[l, h, d]`, before RoPE.
     """
 
-    forward: jax.Array
-    inverse: jax.Array
-    mean: jax.Array
+    forward: np.ndarray
+    inverse: np.ndarray
+    mean: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,39 @@ class TunedFrom:
     tokens: int
     steps: int
     moments: str
+
+
+def with_tuned(methods: tuple[Method, ...], tuned: Tuned) -> tuple[Method, ...]:
+    """The methods with tuned means and transforms in their keys, and nothing else changed."""
+    made = []
+    for i, method in enumerate(methods):
+        key, linear = key_parts(method)
+        matrix = Matrix(
+            jnp.asarray(tuned.forward[i][:, None]), jnp.asarray(tuned.inverse[i][:, None])
+        )
+        linear = dataclasses.replace(linear, transform=matrix)
+        mean = jnp.asarray(tuned.mean[i][:, None, None])
+        made.append(
+            dataclasses.replace(method, key=dataclasses.replace(key, mean=mean, inner=linear))
+        )
+    return tuple(made)
+
+
+def key_parts(method: Method) -> tuple[RotaryMean, Linear]:
+    """What `tune` changes in a method: the mean of its keys, and their transform."""
+    key = method.key
+    if (
+        isinstance(key, RotaryMean)
+        and isinstance(key.inner, Linear)
+        and isinstance(key.inner.transform, Matrix)
+    ):
+        return key, key.inner
+    raise InputError(
+        f"method {method.name}",
+        got=f"keys of {type(key).__name__}",
+        expected="keys of klt(..., metric='predictions'), their mean taken out before RoPE",
+        fix="tune klt-fisher-2, -3 or -4",
+    )
 
 
 def moments_hash(moments: Moments) -> str:

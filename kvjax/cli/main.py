@@ -11,6 +11,7 @@ from kvjax.core.errors import InputError
 COMMANDS = (
     "compare",
     "calibrate",
+    "tune",
     "limits",
     "distortion",
     "generate",

@@ -1,0 +1,80 @@
+"""`kvjax tune` on a tiny model: a file that `kvjax compare` takes, and one line for mistakes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from kvjax.cli import calibrate, tune
+from kvjax.cli.main import main
+
+TINY = Path(__file__).parents[1] / "models" / "tiny" / "qwen3"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny checkpoint with a tokenizer of one token per letter, two texts, a calibration."""
+    place = tmp_path_factory.mktemp("tune")
+    shutil.copytree(TINY, place / "model")
+    config = json.loads((place / "model" / "config.json").read_text())
+    config["max_position_embeddings"] = 512
+    (place / "model" / "config.json").write_text(json.dumps(config))
+    letters = {"[UNK]": 1} | {chr(97 + i): i + 5 for i in range(26)}
+    backend = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.save(str(place / "model" / "tokenizer.json"))
+    (place / "one.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    (place / "other.txt").write_text("pack my box with five dozen liquor jugs " * 40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "GRADIENT_CONTEXT", 256)
+        patch.setenv("KVJAX_HOME", str(place / "home"))
+        more = ["--tokens", 512, "--context", 256, "--gradients", 512, "--out", place / "moments"]
+        text = ["--text", place / "one.txt"]
+        assert call("calibrate", "--model", place / "model", *text, *more) == 0
+    return place
+
+
+def call(*argv) -> int:
+    return main([str(a) for a in argv])
+
+
+def tuned(place, out, *more) -> int:
+    argv = ["--model", place / "model", "--calibration", place / "moments"]
+    return call("tune", *argv, "--text", place / "one.txt", "--steps", 3, "--out", out, *more)
+
+
+@pytest.fixture(autouse=True)
+def short(place, monkeypatch):
+    monkeypatch.setattr(tune, "CONTEXT", 128)
+    monkeypatch.setenv("KVJAX_HOME", str(place / "home"))
+
+
+def test_compare_takes_what_tune_wrote(place, tmp_path, capsys):
+    assert tuned(place, tmp_path / "out", "--tokens", 256) == 0
+    assert "klt-fisher-2: loss" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "out" / "tune.json").read_text())
+    assert facts["tokens"] == 256
+    assert facts["steps"] == 3
+    assert sum(after for _, after in facts["losses"]) < sum(before for before, _ in facts["losses"])
+    name = f"tuned:{tmp_path / 'out'}"
+    argv = ["--model", place / "model", "--calibration", place / "moments", "--rounds", 0]
+    argv += ["--methods", f"klt-fisher-2,{name}", "--text", place / "other.txt", "--context", 256]
+    assert call("compare", *argv, "--out", tmp_path / "compare") == 0
+    plain, better = json.loads((tmp_path / "compare" / "metrics.json").read_text())["rows"]
+    assert better["method"] == name
+    assert better["cache_bytes"] == plain["cache_bytes"]
+    assert better["kl"] != plain["kl"]
+
+
+def test_mistakes_end_in_one_line(place, tmp_path, capsys):
+    for more, word in [
+        (("--tokens", 100), "--tokens"),
+        (("--steps", 0), "--steps"),
+        (("--calibration", tmp_path), "calibrate again"),
+    ]:
+        assert tuned(place, tmp_path, *more) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("kvjax: ")
+        assert word in error
