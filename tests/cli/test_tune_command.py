@@ -1,14 +1,19 @@
-"""`kvjax tune` on a tiny model: a file that `kvjax compare` takes, and one line for mistakes."""
+"""`kvjax tune` on a tiny model: a file that a method's name takes, and one line for mistakes."""
 
 import json
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from kvjax.calibrate.artefact import load_moments
+from kvjax.calibrate.names import get_for_model
 from kvjax.cli import calibrate, tune
 from kvjax.cli.main import main
+from kvjax.methods.describe import code_bits
+from kvjax.models.load import load
 
 TINY = Path(__file__).parents[1] / "models" / "tiny" / "qwen3"
 
@@ -51,7 +56,7 @@ def short(place, monkeypatch):
     monkeypatch.setenv("KVJAX_HOME", str(place / "home"))
 
 
-def test_compare_takes_what_tune_wrote(place, tmp_path, capsys):
+def test_a_name_takes_what_tune_wrote(place, tmp_path, capsys):
     assert tuned(place, tmp_path / "out", "--tokens", 256) == 0
     assert "klt-fisher-2: loss" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "tune.json").read_text())
@@ -59,13 +64,16 @@ def test_compare_takes_what_tune_wrote(place, tmp_path, capsys):
     assert facts["steps"] == 3
     assert sum(after for _, after in facts["losses"]) < sum(before for before, _ in facts["losses"])
     name = f"tuned:{tmp_path / 'out'}"
-    argv = ["--model", place / "model", "--calibration", place / "moments", "--rounds", 0]
-    argv += ["--methods", f"klt-fisher-2,{name}", "--text", place / "other.txt", "--context", 256]
-    assert call("compare", *argv, "--out", tmp_path / "compare") == 0
-    plain, better = json.loads((tmp_path / "compare" / "metrics.json").read_text())["rows"]
-    assert better["method"] == name
-    assert better["cache_bytes"] == plain["cache_bytes"]
-    assert better["kl"] != plain["kl"]
+    model = load(place / "model")
+    moments, _ = load_moments(place / "moments", model.config, model.params)
+    names = "klt-fisher-2", name
+    plain, better = (get_for_model(n, model.config, moments) for n in names)
+    assert [m.name for m in better] == [name] * model.config.layers
+    bits = lambda methods: [code_bits(m.key, model.config.head_dim, 64) for m in methods]
+    assert bits(better) == bits(plain)
+    arrays = [jax.tree.leaves([m.key for m in methods]) for methods in (plain, better)]
+    assert [a.shape for a in arrays[0]] == [a.shape for a in arrays[1]]
+    assert any((a != b).any() for a, b in zip(*arrays, strict=True))
 
 
 def test_mistakes_end_in_one_line(place, tmp_path, capsys):
