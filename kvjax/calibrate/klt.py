@@ -233,7 +233,7 @@ def mix(transform: Transform, widths: Sequence[Sequence[int]], *, rng: jax.Array
 
     Single coordinates have heavy tails, and codes are made for Gaussian ones; sums of many are
     nearly Gaussian. Weights become their mean over the run, which within one width costs little:
-    keys of SmolLM2 at 2 bits lose 0.1 dB of logit error by it and 19 % of KL.
+    with trellis codes at 2 bits SmolLM2 has 13 % less KL, with Lloyd-Max 8 to 20 % less.
 
     Args:
       widths: one sequence per layer, `[l][d]`; coordinates of no bits stay as they are.

@@ -34,7 +34,8 @@ def add(subparsers) -> None:
         default=0,
         metavar="TOKENS",
         help="also measure, on so many tokens in windows of 1024, what errors of keys and values "
-        "do to the predictions, for klt-fisher methods (%(default)s; 8192 are enough)",
+        "do to the predictions, for klt-fisher and klt-layers methods (%(default)s; the README's "
+        "results had 8192)",
     )
     parser.add_argument("--out", help="folder (default: runs/calibration/MODEL)")
     parser.add_argument(

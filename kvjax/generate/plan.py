@@ -152,13 +152,13 @@ def forward_block(
             out, cache = one_layer(method, own[0], layer, q, k, v)
             return out, (cache,)
         kind, slot = extra
-
         out, caches = jnp.zeros_like(q, jnp.float32), []
         for at, (i, cache) in enumerate(zip(groups, own, strict=True)):
 
             def body(carry, i=i):
                 method = jax.tree.map(lambda a: a[slot], plan.methods[i])
-                return one_layer(method, carry[1], slot, q, k, v)
+                out, cache = one_layer(method, carry[1], slot, q, k, v)
+                return out.astype(jnp.float32), cache  # a block comes in the dtype of the model
 
             out, cache = _only_if(kind == at, body, (out, cache))
             caches.append(cache)

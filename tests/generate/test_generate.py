@@ -176,6 +176,19 @@ def test_layers_of_two_kinds_share_a_loop(llama):
     assert extra < 0.1 * held, (extra, held)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_two_kinds_in_every_dtype(dtype):
+    model = roomy(load(TINY / "gemma3", dtype=dtype))
+    plain = kvjax.methods.get("int4", model.config.head_dim, layout=LAYOUT)
+    other = Method(Tiers((plain.key,), (model.config.head_dim,)), plain.value, LAYOUT)
+    prompts = [tokens_for(model, 57).tolist(), tokens_for(model, 15).tolist()]
+    tokens = [
+        generate(make_plan(model.config, methods), model.params, prompts, max_new=20)[0]
+        for methods in ([plain] * 3, [plain, other, plain])
+    ]
+    np.testing.assert_array_equal(*tokens)
+
+
 def test_nan_names_its_layer(llama):
     last = llama.config.layers - 1
     broken = llama.params.runs[0].replace(wv=llama.params.runs[0].wv.at[last].set(jnp.nan))
