@@ -58,7 +58,6 @@ from tokenizers import pre_tokenizers
 
 import kvjax
 from kvjax.calibrate.artefact import FILE, Provenance, load_moments, save_moments
-from kvjax.calibrate.fingerprint import fingerprint
 from kvjax.calibrate.moments import Moments, measure_moments
 from kvjax.calibrate.names import get_for_model
 from kvjax.calibrate.sensitivity import measure_sensitivity
@@ -72,6 +71,7 @@ from kvjax.evals.reference import Reference, reference_pass
 from kvjax.evals.stamp import make_stamp
 from kvjax.evals.text import model_windows
 from kvjax.generate.plan import check_finite, make_plan
+from kvjax.models.fingerprint import fingerprint
 from kvjax.models.load import Model, load
 from kvjax.models.tokenizer import Tokenizer
 

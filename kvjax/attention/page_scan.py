@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,20 @@ import jax.numpy as jnp
 from kvjax.core.codec import Acc, Array, Code, Codec
 from kvjax.core.partial import EMPTY_LSE, Partial
 
-Chunk = tuple[Code, Code, Array]  # key codes, value codes, positions [b, c, p] (-1: no token)
+
+class Chunk(NamedTuple):
+    """Some pages of every KV head.
+
+    Attributes:
+      key, value: codes, leaves `[b, h, c, ...]`.
+      positions: `[b, h, c, p]` int32, -1 where there is no token; `[b, 1, c, p]` if heads agree.
+      bias: added to the logits, shaped like positions, or None.
+    """
+
+    key: Code
+    value: Code
+    positions: Array
+    bias: Array | None = None
 
 
 def page_scan(
@@ -31,16 +45,18 @@ def page_scan(
 
     Args:
       key, value: codecs of the codes.
-      read: chunk index -> codes with leaves `[b, h, c, ...]` and the positions of their tokens.
+      read: chunk index -> `Chunk`.
       chunks: how many chunks to read; traced, so that an almost empty cache costs little.
       q: `[b, h, r, d]` queries (r rows), already scaled.
-      visible: positions `[b, c, p]` -> bool `[b, c, r, p]`.
+      visible: positions `[b, h or 1, c, p]` -> bool `[b, h or 1, c, r, p]`.
     Returns:
       A `Partial` of `[b, h, r, d]`.
     """
     prepared = key.prepare(q.astype(jnp.float32)[:, :, None])  # [b, h, 1, r, ...]
     weights = jax.eval_shape(lambda: _chunk_logits(key, prepared, read(jnp.int32(0)), visible))
-    acc = jax.eval_shape(lambda w: _sum_pages(value.accumulate(w, read(jnp.int32(0))[1])), weights)
+    acc = jax.eval_shape(
+        lambda w: _sum_pages(value.accumulate(w, read(jnp.int32(0)).value)), weights
+    )
     rows = q.shape[:3]
     start = (
         jnp.full(rows, EMPTY_LSE, jnp.float32),
@@ -55,7 +71,7 @@ def page_scan(
         new_top = jnp.maximum(top, logits.max((2, 4)))
         p = jnp.exp(logits - new_top[:, :, None, :, None])
         fade = jnp.exp(top - new_top)
-        part = _sum_pages(value.accumulate(p, chunk[1]))
+        part = _sum_pages(value.accumulate(p, chunk.value))
         acc = jax.tree.map(lambda a, new: _rowwise(fade, a) * a + new, acc, part)
         return new_top, total * fade + p.sum((2, 4)), acc
 
@@ -66,9 +82,10 @@ def page_scan(
 
 
 def _chunk_logits(key: Codec, prepared, chunk: Chunk, visible) -> Array:
-    keys, _, positions = chunk
-    logits = key.logits(prepared, keys)  # [b, h, c, r, p]
-    return jnp.where(visible(positions)[:, None], logits, -jnp.inf)
+    logits = key.logits(prepared, chunk.key)  # [b, h, c, r, p]
+    if chunk.bias is not None:
+        logits = logits + chunk.bias[:, :, :, None]
+    return jnp.where(visible(chunk.positions), logits, -jnp.inf)
 
 
 def _sum_pages(acc: Acc) -> Acc:

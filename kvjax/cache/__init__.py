@@ -1,7 +1,7 @@
 """The cache: fixed shapes, updated in place under jit, read without decoding the history."""
 
 from kvjax.cache.attend import attend
-from kvjax.cache.fork import fork
+from kvjax.cache.fork import fork, put, take
 from kvjax.cache.state import Cache, cache_bytes, history_bits_per_value, init
 from kvjax.cache.update import append, extend, prefill
 
@@ -15,4 +15,6 @@ __all__ = [
     "history_bits_per_value",
     "init",
     "prefill",
+    "put",
+    "take",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kvjax.attention.page_scan import page_scan
+from kvjax.attention.page_scan import Chunk, page_scan
+from kvjax.cache.kept import attend_kept
 from kvjax.cache.pages import overflow, page_slots, read_chunk
 from kvjax.cache.shapes import check_shapes
 from kvjax.cache.state import Cache
@@ -84,6 +85,8 @@ def attend_rows(
     seen = dense_partial(q, k, v, mask[:, None]).merge(
         _packed(method, cache, q, layer, position, boundary)
     )
+    if cache.kept is not None:
+        seen = seen.merge(attend_kept(method, cache.kept, q, layer, CHUNK_TOKENS))
     bad = overflow(cache, layer)[:, None, None, None]
     return jnp.where(bad, jnp.nan, seen.out)
 
@@ -96,11 +99,11 @@ def _packed(method, cache, q, layer, position, boundary) -> Partial:
         chunk = read_chunk(cache, layer, i * count, count)
         starts = chunk.starts[..., None]  # [b, c, 1]
         positions = jnp.where(starts < 0, -1, starts + jnp.arange(layout.page))
-        return chunk.key, chunk.value, positions
+        return Chunk(chunk.key, chunk.value, positions[:, None])
 
-    def visible(positions):  # [b, c, p] -> [b, c, r, p]
-        at = positions[:, :, None]
-        row, edge = position[:, None, :, None], boundary[:, None, :, None]
+    def visible(positions):  # [b, 1, c, p] -> [b, 1, c, r, p]
+        at = positions[..., None, :]
+        row, edge = (a[:, None, None, :, None] for a in (position, boundary))
         return (at >= 0) & (at < edge) & _in_reach(at, row, cache.window)
 
     used = jnp.minimum(cache.packed[layer].max(), slots)

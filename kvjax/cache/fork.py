@@ -1,13 +1,15 @@
-"""One sequence as the continuation of another: shared prefixes in a paged cache."""
+"""Sequences of a cache as others: forked, taken out, put back."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
+from kvjax.core.errors import InputError
 
 
 def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
@@ -33,6 +35,8 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
       40
     """
     copy = lambda a: a.at[:, target].set(a[:, source])
+    if cache.kept is not None:
+        return put(cache, jnp.atleast_1d(target), take(cache, jnp.atleast_1d(source)))
     shared = cache.page_table is not None
     pages = (
         {}
@@ -53,3 +57,55 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
         packed=copy(cache.packed),
         **pages,
     )
+
+
+def take(cache: Cache, rows: Array) -> Cache:
+    """The cache of some of its sequences, in every layer; traced rows will do.
+
+    Pages that come from a pool stay there and are shared: only who reads which is copied.
+
+    Args:
+      rows: `[n]` int32, indices on the batch axis; one may come twice.
+    Raises:
+      InputError: a cache whose new pages come from a pool.
+
+    Example:
+      >>> import kvjax
+      >>> method = kvjax.methods.get("int8", head_dim=32)
+      >>> cache = kvjax.init(method, capacity=64, kv_heads=1, head_dim=32, batch=3)
+      >>> take(cache, jnp.array([2, 0])).length.shape
+      (1, 2)
+    """
+    _check_contiguous(cache)
+    return _by_sequence(cache, lambda a: a[:, rows])
+
+
+def put(cache: Cache, rows: Array, part: Cache) -> Cache:
+    """`cache` with sequences `rows` as in `part`, which was taken from it (and may have grown)."""
+    _check_contiguous(cache)
+    return _by_sequence(cache, lambda a, new: a.at[:, rows].set(new), part)
+
+
+def _by_sequence(cache: Cache, change, *others: Cache) -> Cache:
+    """`change` on every leaf that leads with `[l, b]`; leaves of pools and layers as they are."""
+    kept, parts = cache.kept, [other.kept for other in others]
+    changed = jax.tree.map(change, *(dataclasses.replace(c, kept=None) for c in (cache, *others)))
+    if kept is None:
+        return changed
+    fields = ["most"] + ([] if kept.table is None else ["table"])
+    fields += ["key", "value", "positions", "bias"] if kept.table is None else []
+    new = {
+        name: jax.tree.map(change, getattr(kept, name), *(getattr(p, name) for p in parts))
+        for name in fields
+    }
+    return dataclasses.replace(changed, kept=dataclasses.replace(kept, **new))
+
+
+def _check_contiguous(cache: Cache) -> None:
+    if cache.page_table is not None:
+        raise InputError(
+            "cache",
+            got="pages in a pool that sequences grow into",
+            expected="pages of each sequence's own",
+            fix="use fork, or a layout without a pool",
+        )

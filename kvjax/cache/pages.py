@@ -89,7 +89,7 @@ def page_slots(cache: Cache) -> int:
 
 def overflow(cache: Cache, layer: Array | int) -> Array:
     """Which sequences have outgrown the cache, `[b]` bool: their attention reads as NaN."""
-    over = cache.length[layer] > cache.capacity
+    over = cache.length[layer] > cache.most_tokens(layer)
     if cache.pool_used is not None:
         over |= cache.pool_used[layer] > cache.page_starts.shape[1]
     return over

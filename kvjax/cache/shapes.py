@@ -68,15 +68,22 @@ def check_values(real: Array, **arrays: Array) -> None:
             )
 
 
-def check_room(cache: Cache, length: Array) -> None:
-    """Raises `InputError` where sequences would outgrow the capacity, outside jit; inside, they
-    read as NaN."""
-    if isinstance(length, jax.core.Tracer) or length.size == 0:
+def check_room(cache: Cache, layer: Array | int, length: Array) -> None:
+    """Raises `InputError` where sequences would outgrow the cache, outside jit; inside, they read
+    as NaN.
+
+    Args:
+      length: `[b]`, tokens that each would hold; 0 where nothing is added.
+    """
+    most = cache.most_tokens(layer)
+    if any(isinstance(a, jax.core.Tracer) for a in (length, most)) or length.size == 0:
         return
-    if int(length.max()) > cache.capacity:
+    over = np.asarray(length) > np.asarray(most)
+    if over.any():
+        row = int(over.argmax())
         raise InputError(
             "cache",
-            got=f"token {int(length.max())}",
-            expected=f"at most {cache.capacity} tokens",
+            got=f"token {int(length[row])}",
+            expected=f"at most {int(most[row])} tokens",
             fix="init it with a larger capacity",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.kept import Kept
 from kvjax.core.codec import Array, Code
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
@@ -32,6 +33,7 @@ class Cache:
       packed: `[l, b]` int32, pages encoded.
       capacity: tokens that fit; a longer sequence reads as NaN, never as something else.
       window: tokens that a query sees back from itself, or None.
+      kept: what a policy kept of an earlier history, packed and never changed; or None.
     """
 
     window_key: Array
@@ -46,12 +48,18 @@ class Cache:
     packed: Array
     capacity: int = static()
     window: int | None = static(default=None)
+    kept: Kept | None = None
 
     def history(self) -> list[Array]:
         """The leaves that hold packed tokens and all that is needed to read them."""
         table = [] if self.page_table is None else [self.page_table]
-        pages = jax.tree.leaves((self.key_pages, self.value_pages))
+        pages = jax.tree.leaves((self.key_pages, self.value_pages, self.kept))
         return [*pages, self.page_starts, *table]
+
+    def most_tokens(self, layer: Array | int) -> Array:
+        """`[b]` int32, the longest that each sequence of a layer can get."""
+        most = jnp.full_like(self.length[layer], self.capacity)
+        return most if self.kept is None else jnp.minimum(most, self.kept.most[layer])
 
 
 def init(
@@ -125,6 +133,8 @@ def cache_bytes(cache: Cache) -> int:
 def history_bits_per_value(method: Method, cache: Cache) -> float:
     """True bits per value of the packed history: codes, scales, norms, positions, page table."""
     heads, head_dim = cache.window_key.shape[2], cache.window_key.shape[4]
-    tokens = cache.page_starts.size * method.layout.page
+    tokens = float(cache.page_starts.size * method.layout.page)
+    if cache.kept is not None:  # heads differ in their tokens
+        tokens += cache.kept.positions.size / heads
     total = sum(a.size * a.dtype.itemsize for a in cache.history())
     return total * 8 / (2 * tokens * heads * head_dim)

@@ -16,7 +16,7 @@ from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
-from kvjax.core.storage import narrow, widen
+from kvjax.core.storage import narrow_like, widen
 
 Tokens = Callable[[Array, Array], tuple[Array, Array]]  # rows [m], positions [m, p] -> [m, h, p, d]
 
@@ -47,10 +47,10 @@ def append(
     active = jnp.ones(k.shape[0], bool) if active is None else active
     check_values(active, k=k, v=v)
     position = cache.length[layer]
-    check_room(cache, jnp.where(active, position + 1, 0))
+    check_room(cache, layer, jnp.where(active, position + 1, 0))
     slot = jnp.where(active, window_slot(layout, cache, position), cache.window_key.shape[3])
     rows = jnp.arange(k.shape[0])
-    put = lambda a, new: a.at[layer, rows, :, slot].set(_kept(new, a), mode="drop")
+    put = lambda a, new: a.at[layer, rows, :, slot].set(narrow_like(new, a), mode="drop")
     cache = dataclasses.replace(
         cache,
         window_key=put(cache.window_key, k),
@@ -130,14 +130,14 @@ def extend(
     scale = d**-0.5 if scale is None else scale
     count = jnp.full((b,), t, jnp.int32) if count is None else count
     before = cache.length[layer]  # [b]
-    check_room(cache, jnp.where(count > 0, before + count, 0))
+    check_room(cache, layer, jnp.where(count > 0, before + count, 0))
     offsets = jnp.arange(t)
     check_values(offsets < count[:, None], q=q, k=k, v=v)
     positions = before[:, None] + offsets  # [b, t]
     real = jnp.where(offsets < count[:, None], positions, -1)
 
     join = lambda window, block: jnp.concatenate(
-        [window[layer], _kept(block.swapaxes(1, 2), window)], 2
+        [window[layer], narrow_like(block.swapaxes(1, 2), window)], 2
     )
     exact = (
         join(cache.window_key, k),  # [b, h, w + t, d]
@@ -184,7 +184,7 @@ def prefill(
     check_values(jnp.ones(k.shape[:2], bool), **arrays)
     if not k.shape[1]:
         return q, cache
-    check_room(cache, cache.length[layer] + k.shape[1])
+    check_room(cache, layer, cache.length[layer] + k.shape[1])
     t, block = k.shape[1], min(block or method.layout.page, k.shape[1])
     whole = t - t % block
     queries = k[:, :, :, None] if q is None else q
@@ -223,7 +223,7 @@ def _absorb(method, cache: Cache, layer, exact, before: Array, after: Array) -> 
     put = lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, layer, 0)
     cache = dataclasses.replace(cache, length=put(cache.length, after))
     cache = _encode_due(method, cache, layer, tokens)
-    slots = _slot_positions(layout, cache, after)  # [b, w]
+    slots = slot_positions(layout, cache, after)  # [b, w]
     key, value = tokens(jnp.arange(after.shape[0]), jnp.maximum(slots, 0))
     return dataclasses.replace(
         cache,
@@ -247,12 +247,7 @@ def window_slot(layout: Layout, cache: Cache, position: Array) -> Array:
     )
 
 
-def _kept(x: Array, like: Array) -> Array:
-    """`x` as the window keeps it: uint16 are bf16 bits."""
-    return narrow(x, jnp.bfloat16 if like.dtype == jnp.uint16 else like.dtype)
-
-
-def _slot_positions(layout: Layout, cache: Cache, length: Array) -> Array:
+def slot_positions(layout: Layout, cache: Cache, length: Array) -> Array:
     """Which position each window slot holds once `length` tokens are in: `[b, w]`, -1 if none."""
     ring = cache.window_key.shape[3] - layout.sink
     sink = jnp.arange(layout.sink)[None]

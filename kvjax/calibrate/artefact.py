@@ -13,16 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kvjax.calibrate import orbax_file
-from kvjax.calibrate.fingerprint import fingerprint
+from kvjax.calibrate.drift import SCALES
 from kvjax.calibrate.moments import Moments
 from kvjax.core.errors import InputError
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Params
+from kvjax.models.fingerprint import fingerprint
 
 Format = Literal["safetensors", "orbax"]
 
 FORMAT, VERSION = "kvjax.calibrate.Moments", "2"
 FILE, CHECKPOINT = "moments.safetensors", "moments.orbax"
+
+_BUCKETS = ("bucket_edges", "key_bucket_mean", "key_bucket_var")  # all of them or none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +170,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
 
 def _check_shapes(moments: Moments) -> None:
     layers, heads, d = moments.shape
+    absent = {name for name in _BUCKETS if getattr(moments, name) is None}
+    if absent and len(absent) < len(_BUCKETS):
+        raise ValueError(f"buckets of positions without {', '.join(sorted(absent))}")
+    edges = moments.bucket_edges
+    buckets = 0 if edges is None else edges.size - 1
+    if edges is not None and not (buckets > 0 and (np.diff(edges) > 0).all()):
+        raise ValueError("bucket_edges that do not rise")
+    means = ("key_mean", "key_mean_pre", "value_mean")
+    of_head: dict[str, tuple[int, ...]] = dict.fromkeys(means, (d,))
+    of_head |= {"key_scales": (len(SCALES), 2), "value_scales": (len(SCALES), 2)}
+    of_head |= {"key_bucket_mean": (buckets, d), "key_bucket_var": (buckets,)}
+    others = {"frequencies": (layers, d // 2), "bucket_edges": (buckets + 1,)}
     for field in dataclasses.fields(Moments):
         a = getattr(moments, field.name)
-        want: tuple[Any, ...] = (layers, heads, d) if field.name.endswith(("mean", "pre")) else ()
-        want = (layers, heads, d, d) if "cov" in field.name or not want else want
-        want = (layers, d // 2) if field.name == "frequencies" else want
         if field.name == "tokens" or a is None:
             continue
+        want = others.get(field.name, (layers, heads, *of_head.get(field.name, (d, d))))
         if a.shape != want or not np.isfinite(a).all():
             raise ValueError(f"{field.name} {list(a.shape)}, not finite numbers {list(want)}")
 

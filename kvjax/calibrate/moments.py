@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.calibrate.drift import bucket_edges, bucket_sums, from_bucket, token_scales
 from kvjax.core.errors import InputError
 from kvjax.models.causal import causal_attend
 from kvjax.models.config import ModelConfig, layer_runs
@@ -18,6 +19,8 @@ from kvjax.models.decoder import Params, apply_rope, decode_layers, rope_angles,
 Array = jax.Array
 
 SKIP = 4  # first tokens of a window are sinks: they stay exact, and look like nothing else
+
+_SCALES = ("key_scales", "value_scales")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,12 @@ class Moments:
       frequencies: `[l, d / 2]`, radians per position.
       key_fisher, value_fisher: `[l, h, d, d]`, what errors cost in predictions, or None where
         `measure_sensitivity` has not been run.
+      key_scales, value_scales: `[l, h, 3, 2]`, mean and variance of a token's norm, of the natural
+        log of it and of its largest magnitude (`drift.SCALES`): how much a scale per token is
+        worth, and what it must cover. None, like all below, in calibrations that had none yet.
+      bucket_edges: `[b + 1]`, the first position of each bucket of the window, and the end.
+      key_bucket_mean: `[l, h, b, d]`, of the keys of a bucket. key_bucket_var: `[l, h, b]`, the
+        trace of their covariance about it. `drift.drift_share` makes one number of them.
     """
 
     tokens: int
@@ -57,6 +66,11 @@ class Moments:
     frequencies: np.ndarray
     key_fisher: np.ndarray | None = None
     value_fisher: np.ndarray | None = None
+    key_scales: np.ndarray | None = None
+    value_scales: np.ndarray | None = None
+    bucket_edges: np.ndarray | None = None
+    key_bucket_mean: np.ndarray | None = None
+    key_bucket_var: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -94,10 +108,15 @@ def measure_moments(
 
     first = over_windows(lambda tokens: _means(params, config, tokens), "means")
     check_sums(first)
+    edges = bucket_edges(SKIP, len(windows[0]))
+    of_bucket = (edges[-1] - edges[0]) / np.diff(edges)  # tokens of all for each of its own
+    first["key_bucket_mean"] *= of_bucket[:, None]
     centres = {name: jnp.asarray(a, jnp.float32) for name, a in first.items()}
     second = over_windows(lambda tokens: _products(params, config, tokens, centres), "products")
     check_sums(second)
     second["query_gram"] /= config.q_per_kv
+    second["key_bucket_var"] *= of_bucket
+    scales = {name: np.stack([first.pop(name), second.pop(name)], -1) for name in _SCALES}
     runs = layer_runs(config)
     per_run = [rope_frequencies(run, config.head_dim) for run in runs]
     frequencies = np.repeat(per_run, [run.length for run in runs], axis=0)
@@ -105,6 +124,8 @@ def measure_moments(
         tokens=counted,
         **first,
         **second,
+        **scales,
+        bucket_edges=edges.astype(np.float64),
         out_gram=_out_gram(params, config),
         frequencies=frequencies.astype(np.float64),
     )
@@ -129,7 +150,7 @@ def _sum_pass(params, config: ModelConfig, tokens: Array, layer_sums, centres=No
     h, g, d = config.kv_heads, config.q_per_kv, config.head_dim
     t = tokens.shape[0]
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    centre = None if centres is None else {name: spec(h, d) for name in centres}
+    centre = None if centres is None else {name: spec(*a.shape[1:]) for name, a in centres.items()}
     rope = lambda x, sign: x
     shapes = jax.eval_shape(
         lambda q, k, v, o, c: layer_sums(q, k, v, o, rope, c),
@@ -147,11 +168,16 @@ def _sum_pass(params, config: ModelConfig, tokens: Array, layer_sums, centres=No
 
 @functools.partial(jax.jit, static_argnums=1)
 def _means(params: Params, config: ModelConfig, tokens: Array) -> dict[str, Array]:
+    edges = bucket_edges(SKIP, len(tokens))
+
     def layer_sums(q, k, v, out, rope, extra):
         return {
             "key_mean": k[SKIP:].sum(0),
             "key_mean_pre": rope(k, -1)[SKIP:].sum(0),
             "value_mean": v[SKIP:].sum(0),
+            "key_bucket_mean": bucket_sums(k, edges),
+            "key_scales": token_scales(k[SKIP:]).sum(0),
+            "value_scales": token_scales(v[SKIP:]).sum(0),
         }
 
     return _sum_pass(params, config, tokens, layer_sums)
@@ -159,15 +185,19 @@ def _means(params: Params, config: ModelConfig, tokens: Array) -> dict[str, Arra
 
 @functools.partial(jax.jit, static_argnums=1)
 def _products(params: Params, config: ModelConfig, tokens: Array, centres) -> dict[str, Array]:
+    edges = bucket_edges(SKIP, len(tokens))
+
     def layer_sums(q, k, v, out, rope, centre):
         gram = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         turning = rope(jnp.broadcast_to(centre["key_mean_pre"], k.shape), 1)
+        apart = from_bucket(k, centre["key_bucket_mean"], edges)
         q, k, v, out, turning = (a[SKIP:] for a in (q, k, v, out, turning))
         outer = lambda x: gram("thd,the->hde", x, x)
         grouped = lambda x: gram("thgd,thge->hde", x, x)
         query = grouped(q)
         weight = gram("thd,hde,the->th", k, query, k)
         weight = weight / weight.mean(0)
+        spread = lambda x, name: ((token_scales(x) - centre[name]) ** 2).sum(0)
         return {
             "query_gram": query,
             "key_cov": outer(k - centre["key_mean"]),
@@ -175,6 +205,9 @@ def _products(params: Params, config: ModelConfig, tokens: Array, centres) -> di
             "value_cov": outer(v - centre["value_mean"]),
             "output_gram": grouped(out),
             "value_proxy": gram("th,thd,the->hde", weight, v, v),
+            "key_bucket_var": bucket_sums((apart**2).sum(-1), edges),
+            "key_scales": spread(k, "key_scales"),
+            "value_scales": spread(v, "value_scales"),
         }
 
     return _sum_pass(params, config, tokens, layer_sums, centres)

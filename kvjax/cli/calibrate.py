@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     import kvjax
     from kvjax.calibrate.artefact import Provenance, save_moments
-    from kvjax.calibrate.fingerprint import fingerprint
+    from kvjax.calibrate.drift import drift_summary
     from kvjax.calibrate.klt import shrinkage
     from kvjax.calibrate.moments import measure_moments
     from kvjax.calibrate.sensitivity import measure_sensitivity
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.core.rng import fold
     from kvjax.evals.stamp import make_stamp
     from kvjax.evals.text import model_windows, read_docstrings, read_text
+    from kvjax.models.fingerprint import fingerprint
     from kvjax.models.load import load
 
     context = options.positive("--context", args.context)
@@ -113,10 +114,11 @@ def run(args: argparse.Namespace) -> int:
     path = save_moments(moments, folder, about, args.format)
     stamp = make_stamp(seed=0, command="kvjax " + shlex.join(sys.argv[1:]))
     write_json(folder / "stamp.json", stamp)
-    print(
-        f"{model.config.name}: {layers} layers, {heads} KV heads of {d}; {moments.tokens} tokens "
-        f"of {name}\nwrote {path}"
-    )
+    about_tokens = f"{moments.tokens} tokens of {name}"
+    print(f"{model.config.name}: {layers} layers, {heads} KV heads of {d}; {about_tokens}")
+    for line in drift_summary(moments):
+        print(line)
+    print(f"wrote {path}")
     return 0
 
 

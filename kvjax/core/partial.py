@@ -57,7 +57,7 @@ class Partial:
         return Partial(out, top + jnp.log(total))
 
 
-def dense_partial(q: Array, k: Array, v: Array, mask: Array) -> Partial:
+def dense_partial(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Partial:
     """Attention over tokens that are kept as they are.
 
     Args:
@@ -65,8 +65,10 @@ def dense_partial(q: Array, k: Array, v: Array, mask: Array) -> Partial:
         `storage`).
       mask: bool, broadcasts to `[..., r, t]`; False hides a token. A row that sees nothing gives
         the empty part: zeros, not NaN.
+      bias: added to the logits, broadcasts to `[..., r, t]`.
     """
-    logits = jnp.where(mask, matmul_t(q, widen(k)), -jnp.inf)
+    logits = matmul_t(q, widen(k))
+    logits = jnp.where(mask, logits if bias is None else logits + bias, -jnp.inf)
     top = jnp.maximum(logits.max(-1), EMPTY_LSE)
     p = jnp.exp(logits - top[..., None])
     total = p.sum(-1)

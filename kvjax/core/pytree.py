@@ -21,8 +21,14 @@ def same(a: Any, b: Any) -> bool:
     leaves_a, tree_a = jax.tree.flatten(a)
     leaves_b, tree_b = jax.tree.flatten(b)
     return bool(tree_a == tree_b) and all(  # type: ignore[operator]
-        np.array_equal(x, y) for x, y in zip(leaves_a, leaves_b, strict=True)
+        np.array_equal(_plain(x), _plain(y)) for x, y in zip(leaves_a, leaves_b, strict=True)
     )
+
+
+def _plain(leaf: Any) -> Any:
+    """A key of `jax.random` as its numbers; all else as it is."""
+    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))

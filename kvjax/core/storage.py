@@ -44,3 +44,14 @@ def kept_dtype(dtype) -> jnp.dtype:
     """The dtype of `narrow(x, dtype)`."""
     dtype = jnp.dtype(dtype)
     return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
+
+
+def narrow_like(x: Array, kept: Array) -> Array:
+    """`x` as `kept` is kept: uint16 are the bits of bf16.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> narrow_like(jnp.ones(1), narrow(jnp.zeros(1), jnp.bfloat16))
+      Array([16256], dtype=uint16)
+    """
+    return narrow(x, jnp.bfloat16 if kept.dtype == jnp.uint16 else kept.dtype)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import Cache
+from kvjax.cache.working_set import WorkingSet, with_block
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree
 from kvjax.core.rng import fold
+from kvjax.generate.evict import Keep, drop, pack_all, take_history
 from kvjax.generate.plan import Plan, block_size, forward_block, init_caches
 from kvjax.models.decoder import Params, logits
+from kvjax.policies.eviction import Eviction
 
 Array = jax.Array
 
@@ -24,7 +28,7 @@ class State:
     """A generation between two tokens.
 
     Attributes:
-      caches: one per run of layers.
+      caches: one per group of layers; a working set where a policy evicts step by step.
       token: `[b]` int32, the token to feed next.
       done: `[b]` bool, sequences that have ended.
       finite: bool `[layers, 2]`, whether all keys and values so far were finite.
@@ -32,7 +36,7 @@ class State:
       steps: int32, tokens sampled so far.
     """
 
-    caches: tuple[Cache, ...]
+    caches: tuple[Any, ...]
     token: Array
     done: Array
     finite: Array
@@ -114,36 +118,71 @@ def start(
     rng: Array | None = None,
     temperature: float = 0.0,
     block: int = 256,
+    keep: Keep | None = None,
+    caches: tuple[Cache, ...] | None = None,
 ) -> State:
     """Prefills prompts (their lengths may differ) and samples each first token.
 
+    Args:
+      caches: what has been read so far; the prompts go on from there, and the caches are used up.
+        One that outgrows its pages reads as NaN: see `Cache.most_tokens`.
+      keep: keeps a budget of each prompt only; then the block of its eviction counts, not `block`.
     Raises:
       InputError: an empty prompt, or prompt plus `max_new` beyond the model's positions.
     """
-    block = block_size(plan, max(map(len, prompts), default=1) or 1, block)
-    tokens, lengths = pad_prompts(prompts, block)
-    capacity = int(lengths.max()) + max_new
+    lengths = [len(prompt) for prompt in prompts]
+    past = 0 if caches is None else int(jax.device_get(caches[0].length[0]).max())
+    capacity = past + max(lengths, default=0) + max_new
     if capacity > plan.config.max_positions:
         raise InputError(
             "prompt",
-            got=f"{lengths.max()} tokens and {max_new} new ones",
+            got=f"{past + max(lengths)} tokens and {max_new} new ones",
             expected=f"at most {plan.config.max_positions} together, the model's positions",
             fix="shorten the prompt or ask for fewer tokens",
         )
-    caches = init_caches(plan, batch=len(prompts), capacity=capacity)
-    hidden, caches, finite = prefill(plan, params, caches, tokens, lengths, block=block)
+    ready: tuple[Any, ...]
+    if keep is None:
+        block = block_size(plan, max(lengths, default=1) or 1, block)
+        tokens, counts = pad_prompts(prompts, block)
+        if caches is None:
+            caches = init_caches(plan, batch=len(prompts), capacity=capacity)
+        hidden, ready, finite = prefill(plan, params, caches, tokens, counts, block=block)
+    else:
+        if caches is not None:
+            raise InputError(
+                "caches",
+                got="caches to go on with, and what to keep of the prompts",
+                expected="one of them",
+                fix="go on with take_history(..., caches=...) while a history is being read",
+            )
+        hidden, sets, finite = take_history(plan, params, prompts, keep.eviction, probe=keep.probe)
+        if keep.pack:
+            ready = pack_all(plan, keep.eviction, sets, room=max_new)
+        else:
+            ready = tuple(with_block(c, 1) if isinstance(c, WorkingSet) else c for c in sets)
     rng = jax.random.key(0) if rng is None else rng
     first = _sample(plan, params, hidden, rng, 0, temperature=temperature)
-    return State(caches, first, _ends(plan, first), finite, rng, jnp.int32(1))
+    return State(ready, first, _ends(plan, first), finite, rng, jnp.int32(1))
 
 
-def advance(plan: Plan, params: Params, state: State, temperature: float = 0.0) -> State:
+def advance(
+    plan: Plan,
+    params: Params,
+    state: State,
+    temperature: float = 0.0,
+    eviction: Eviction | None = None,
+) -> State:
     """One decode step: feeds `state.token` and samples the next. Pure; jit it, donate `state`.
 
-    Sequences that have ended keep their token and their cache.
+    Sequences that have ended keep their token and their cache. Working sets need the `eviction`
+    that they were made with.
     """
     count = (~state.done).astype(jnp.int32)
-    hidden, caches, ok = forward_block(plan, params, state.caches, state.token[:, None], count)
+    hidden, caches, ok = forward_block(
+        plan, params, state.caches, state.token[:, None], count, eviction=eviction
+    )
+    if eviction is not None:
+        caches = drop(plan, eviction, caches)
     token = _sample(plan, params, hidden[:, 0], state.rng, state.steps, temperature)
     token = jnp.where(state.done, state.token, token)
     done = state.done | _ends(plan, token)
@@ -154,9 +193,9 @@ step = jax.jit(advance, static_argnames="temperature", donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames=("max_new", "temperature"), donate_argnames="state")
-def _finish(plan, params, state, *, max_new, temperature):
+def _finish(plan, params, state, eviction, *, max_new, temperature):
     def one(state, _):
-        state = advance(plan, params, state, temperature)
+        state = advance(plan, params, state, temperature, eviction)
         return state, state.token
 
     first = state.token
@@ -173,12 +212,16 @@ def generate(
     rng: Array | None = None,
     temperature: float = 0.0,
     block: int = 256,
+    keep: Keep | None = None,
+    caches: tuple[Cache, ...] | None = None,
 ) -> tuple[Array, State]:
     """Generates `max_new` tokens for each prompt; all decode steps are one compiled program.
 
     Args:
       prompts: token ids per sequence; lengths may differ.
       rng: key for sampling, needed when `temperature` is not 0 (greedy).
+      keep: what stays of each prompt, where not all of it does.
+      caches: what has been read so far; see `start`.
     Returns:
       Tokens `[b, max_new]` (a sequence that ended repeats its end token), and the last state.
 
@@ -186,7 +229,7 @@ def generate(
       >>> plan = make_plan(model.config, method)  # doctest: +SKIP
       >>> tokens, state = generate(plan, model.params, [ids], max_new=64)  # doctest: +SKIP
     """
-    state = start(
-        plan, params, prompts, max_new=max_new, rng=rng, temperature=temperature, block=block
-    )
-    return _finish(plan, params, state, max_new=max_new, temperature=temperature)
+    options: dict[str, Any] = {"max_new": max_new, "temperature": temperature}
+    state = start(plan, params, prompts, rng=rng, block=block, keep=keep, caches=caches, **options)
+    eviction = None if keep is None or keep.pack else keep.eviction
+    return _finish(plan, params, state, eviction, **options)

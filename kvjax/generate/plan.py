@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import Cache, append, attend, extend, init
+from kvjax.cache.working_set import WorkingSet, take_in
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.pytree import pytree, static
 from kvjax.models.config import ModelConfig, layer_runs
-from kvjax.models.decoder import Params, decode_layers
+from kvjax.models.decoder import Params, decode_layers, rope_frequencies
+from kvjax.policies.eviction import Eviction
 
 Array = jax.Array
 
@@ -123,24 +125,35 @@ def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) ->
 def forward_block(
     plan: Plan,
     params: Params,
-    caches: tuple[Cache, ...],
+    caches: tuple[Cache | WorkingSet, ...],
     tokens: Array,
     count: Array | None = None,
-) -> tuple[Array, tuple[Cache, ...], Array]:
+    *,
+    eviction: Eviction | None = None,
+    probe: bool = False,
+) -> tuple[Array, tuple[Any, ...], Array]:
     """The model over the next tokens of each sequence, through the caches.
 
     Args:
       tokens: int32 `[b, t]`. count: `[b]`, how many of them are real; they come first. With t = 1
         a count of 0 leaves the sequence as it is.
+      eviction: what working sets among the caches are judged by; evicting is left to the caller.
+      probe: the tokens are only there to judge; no cache takes them in.
     Returns:
       hidden `[b, t, D]`, caches, and `finite` bool `[layers, 2]` (keys, values).
     """
     t = tokens.shape[1]
     positions = caches[0].length[0][:, None] + jnp.arange(t)  # [b, t]
 
-    def one_layer(method, cache, slot, q, k, v):
+    def one_layer(run, method, cache, slot, q, k, v):
+        if isinstance(cache, WorkingSet):
+            assert eviction is not None
+            turns = jnp.asarray(rope_frequencies(layer_runs(plan.config)[run], q.shape[-1]))
+            given = {"layer": slot, "count": count, "scale": 1.0, "probe": probe}
+            return take_in(eviction, cache, q, k, v, frequencies=turns, **given)
         if t > 1:
-            return extend(method, cache, q, k, v, layer=slot, count=count, scale=1.0)
+            out, new = _extend(method, cache, slot, q, k, v, count)
+            return out, (cache if probe else new)
         active = None if count is None else count > 0
         cache = append(method, cache, k[:, 0], v[:, 0], layer=slot, active=active)
         return attend(method, cache, q[:, 0], layer=slot, scale=1.0)[:, None], cache
@@ -149,7 +162,7 @@ def forward_block(
         groups = plan.in_run(run)
         if len(groups) == 1:
             method = extra if plan.stacked[groups[0]] else plan.methods[groups[0]]
-            out, cache = one_layer(method, own[0], layer, q, k, v)
+            out, cache = one_layer(run, method, own[0], layer, q, k, v)
             return out, (cache,)
         kind, slot = extra
         out, caches = jnp.zeros_like(q, jnp.float32), []
@@ -157,7 +170,7 @@ def forward_block(
 
             def body(carry, i=i):
                 method = jax.tree.map(lambda a: a[slot], plan.methods[i])
-                out, cache = one_layer(method, carry[1], slot, q, k, v)
+                out, cache = one_layer(run, method, carry[1], slot, q, k, v)
                 return out.astype(jnp.float32), cache  # a block comes in the dtype of the model
 
             out, cache = _only_if(kind == at, body, (out, cache))
@@ -180,6 +193,26 @@ def forward_block(
         for i, cache in zip(groups, own, strict=True)
     }
     return hidden, tuple(flat[i] for i in range(len(caches))), finite
+
+
+def _extend(method, cache, layer, q, k, v, count):
+    """`extend`; in pieces of a page where a sliding window takes no more."""
+    t, page = q.shape[1], method.layout.page
+    if cache.window is None or t <= page:
+        return extend(method, cache, q, k, v, layer=layer, count=count, scale=1.0)
+    pad = -t % page
+    count = jnp.full(q.shape[:1], t, jnp.int32) if count is None else count
+    padded = (jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (q, k, v))
+    pieces = [jnp.moveaxis(a.reshape(a.shape[0], -1, page, *a.shape[2:]), 1, 0) for a in padded]
+
+    def one(cache, piece):
+        *block, start = piece
+        real = jnp.clip(count - start, 0, page)
+        out, cache = extend(method, cache, *block, layer=layer, count=real, scale=1.0)
+        return cache, out
+
+    cache, outs = jax.lax.scan(one, cache, (*pieces, jnp.arange(0, t + pad, page)))
+    return jnp.moveaxis(outs, 0, 1).reshape(q.shape[0], t + pad, *q.shape[2:])[:, :t], cache
 
 
 def _only_if(condition: Array, body: Callable, carry):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,19 @@ from kvjax.core.codec import Codec
 from kvjax.core.method import Method
 
 
-def describe(method: Method, head_dim: int) -> str:
+def describe(method: Method | Sequence[Method], head_dim: int) -> str:
     """The method's tree, its layout, what each part of a code costs, and how attention runs.
 
     Bits come from the shapes that `encode` gives (`jax.eval_shape`), all side information counted.
+    Of methods by layer it is the bits of each kind of layer, their mean, and every kind once.
 
     Example:
       >>> import kvjax
       >>> print(describe(kvjax.methods.get("int4", head_dim=64), 64).splitlines()[0])
       int4: 4.50 bits per value (keys 4.50, values 4.50), head_dim 64
     """
+    if not isinstance(method, Method):
+        return _describe_layers(layer_kinds(method), head_dim)
     method.check(head_dim)
     layout = method.layout
     sides = {"keys": method.key, "values": method.value}
@@ -40,6 +43,65 @@ def describe(method: Method, head_dim: int) -> str:
         lines += [f"    = {part}" for part in _parts(codec, head_dim, layout.page)]
     lines.append(f"  attention: {attention_choice()}")
     return "\n".join(lines)
+
+
+def layer_kinds(methods: Sequence[Method]) -> dict[tuple[int, ...], Method]:
+    """Layers whose methods differ in the numbers of their arrays only, and the first of each kind.
+
+    Example:
+      >>> import kvjax
+      >>> a, b = (kvjax.methods.get(name, head_dim=64) for name in ("int4", "int2"))
+      >>> list(layer_kinds((a, b, b, a)))
+      [(0, 3), (1, 2)]
+    """
+    members: dict[object, list[int]] = {}
+    for layer, method in enumerate(methods):
+        shapes = tuple((a.shape, a.dtype) for a in jax.tree.leaves(method))
+        members.setdefault((jax.tree.structure(method), shapes), []).append(layer)
+    return {tuple(layers): methods[layers[0]] for layers in members.values()}
+
+
+def _describe_layers(kinds: dict[tuple[int, ...], Method], head_dim: int) -> str:
+    bits = {layers: method_bits(method, head_dim) for layers, method in kinds.items()}
+    count = sum(map(len, kinds))
+    keys, values = (sum(len(own) * b[side] for own, b in bits.items()) / count for side in (0, 1))
+    first = next(iter(kinds.values()))
+    lines = [
+        f"{first.name}: {(keys + values) / 2:.2f} bits per value (keys {keys:.2f}, values "
+        f"{values:.2f}), the mean of {count} layers of {len(kinds)} "
+        + ("kinds" if len(kinds) > 1 else "kind, each with arrays of its own"),
+        "    bits    keys  values  layers",
+        *(
+            f"  {(k + v) / 2:6.2f}  {k:6.2f}  {v:6.2f}  {ranges(own)}"
+            for own, (k, v) in bits.items()
+        ),
+    ]
+    for layers, method in kinds.items():
+        named = dataclasses.replace(method, name=f"layers {ranges(layers)}")
+        lines += ["", describe(named, head_dim)]
+    return "\n".join(lines)
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Rising numbers, in short.
+
+    Example:
+      >>> ranges((0, 2, 3, 4, 7, 8))
+      '0, 2-4, 7-8'
+    """
+    runs: list[list[int]] = []
+    for n in layers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def method_bits(method: Method, head_dim: int) -> tuple[float, float]:
+    """True bits per value of keys and of values."""
+    page = method.layout.page
+    return code_bits(method.key, head_dim, page), code_bits(method.value, head_dim, page)
 
 
 def code_bits(codec: Codec, head_dim: int, page: int) -> float:

@@ -16,12 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 from kvjax.calibrate import orbax_file
 from kvjax.calibrate.artefact import CHECKPOINT, FILE, Provenance, load_moments, save_moments
-from kvjax.calibrate.fingerprint import fingerprint
 from kvjax.calibrate.moments import Moments
 from kvjax.cli.main import main
 from kvjax.core.errors import InputError
 from kvjax.models.config import layer_runs
 from kvjax.models.decoder import Params, regroup
+from kvjax.models.fingerprint import fingerprint
 from kvjax.models.load import Model, load
 
 TINY = Path(__file__).parents[1] / "models" / "tiny"
@@ -40,6 +40,9 @@ def moments() -> Moments:
     config, rng = model().config, np.random.default_rng(9300)
     layers, h, d = config.layers, config.kv_heads, config.head_dim
     made: dict = {"tokens": 100, "frequencies": rng.normal(size=(layers, d // 2))}
+    made |= {name: rng.normal(size=(layers, h, 3, 2)) for name in ("key_scales", "value_scales")}
+    made |= {"bucket_edges": np.array([4.0, 9, 15]), "key_bucket_var": np.ones((layers, h, 2))}
+    made["key_bucket_mean"] = rng.normal(size=(layers, h, 2, d))
     for field in dataclasses.fields(Moments):
         vector = field.name.endswith(("mean", "pre")) and "cov" not in field.name
         shape = (layers, h, d) if vector else (layers, h, d, d)
@@ -72,6 +75,35 @@ def test_moments_come_back(format, tmp_path):
     save_moments(moments(), tmp_path, about(), format)  # over the older one
     assert load_moments(tmp_path)[1] == about()
     assert [p.name for p in tmp_path.iterdir()] == [NAMES[format]]
+
+
+@each_format
+def test_what_was_not_measured_stays_unknown(format, tmp_path):
+    """Calibrations from before there were scales and buckets; sensitivities are optional too."""
+    later = [f.name for f in dataclasses.fields(Moments) if f.default is None]
+    assert {"key_scales", "value_scales", "bucket_edges", "key_bucket_mean"} < set(later)
+    old = dataclasses.replace(moments(), **dict.fromkeys(later))
+    save_moments(old, tmp_path, about(), format)
+    back = load_moments(tmp_path, model().config, model().params)[0]
+    assert all(getattr(back, name) is None for name in later)
+    np.testing.assert_array_equal(back.key_cov, np.float32(moments().key_cov))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"key_scales": np.ones((3, 2))}, "key_scales"),
+        ({"key_bucket_mean": np.ones((1, 2, 3, 4))}, "key_bucket_mean"),
+        ({"key_bucket_var": None}, "without key_bucket_var"),
+        ({"bucket_edges": np.array([4.0, 15, 15])}, "do not rise"),
+        ({"value_scales": np.full((2, 2, 3, 2), np.inf)}, "value_scales"),
+    ],
+)
+def test_scales_and_buckets_of_other_shapes(wrong, told, tmp_path):
+    save_moments(dataclasses.replace(moments(), **wrong), tmp_path, about())
+    with pytest.raises(InputError, match=told) as error:
+        load_moments(tmp_path)
+    one_line(error)
 
 
 @each_format

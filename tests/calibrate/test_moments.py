@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from kvjax.calibrate.artefact import FILE, Provenance, load_moments, save_moments
+from kvjax.calibrate.drift import drift_share
 from kvjax.calibrate.moments import SKIP, Moments, measure_moments
 from kvjax.cli.main import main
 from kvjax.core.errors import InputError
@@ -40,6 +42,7 @@ def measured(arch: str) -> Moments:
     return measure_moments(model(arch).params, model(arch).config, windows(arch))
 
 
+@functools.cache
 def recorded(arch: str):
     """q `[n, l, t, h, g, d]`, k, v `[n, l, t, h, d]` and outputs, float64, of every window."""
     params, config = model(arch).params, model(arch).config
@@ -106,6 +109,58 @@ def test_moments_are_those_of_the_recorded_tokens(arch):
         a = getattr(made, name)
         close(a, a.swapaxes(-1, -2))
         assert (np.linalg.eigvalsh(a) > -1e-5 * np.abs(a).max()).all()
+
+
+SIDES = {"key_scales": 1, "value_scales": 2}  # where `recorded` has them
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_scales_are_those_of_the_recorded_tokens(arch):
+    for name, side in SIDES.items():
+        x = recorded(arch)[side][:, :, SKIP:]  # [n, l, t, h, d]
+        norm = np.sqrt((x**2).sum(-1))
+        parts = norm, np.log(norm), np.abs(x).max(-1)
+        oracle = [[a.mean((0, 2)), a.var((0, 2))] for a in parts]  # [3, 2, l, h]
+        found = getattr(measured(arch), name)
+        np.testing.assert_allclose(found, np.transpose(oracle, (2, 3, 0, 1)), rtol=2e-4, atol=1e-7)
+
+
+def by_bucket(k: np.ndarray) -> list[np.ndarray]:
+    """`[n, l, t, h, d]` of positions 4 to 47 in eight parts, by hand."""
+    starts = [4, 9, 15, 20, 26, 31, 37, 42, 48]
+    return [k[:, :, a:b] for a, b in itertools.pairwise(starts)]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_buckets_are_those_of_the_recorded_keys(arch):
+    k, made = recorded(arch)[1], measured(arch)
+    parts = by_bucket(k)
+    means = np.stack([part.mean((0, 2)) for part in parts], 2)  # [l, h, b, d]
+    traces = np.stack([part.var((0, 2)).sum(-1) for part in parts], 2)
+    np.testing.assert_array_equal(made.bucket_edges, [4, 9, 15, 20, 26, 31, 37, 42, 48])
+    np.testing.assert_allclose(made.key_bucket_mean, means, rtol=2e-4, atol=2e-6)
+    np.testing.assert_allclose(made.key_bucket_var, traces, rtol=2e-4)
+    # What lies between buckets is what is left of the variance when each has its own mean.
+    rest = sum((part.var((0, 2)) * part.shape[2]).sum(-1) for part in parts) / (T - SKIP)
+    share = 1 - rest / k[:, :, SKIP:].var((0, 2)).sum(-1)
+    np.testing.assert_allclose(drift_share(made), share, atol=1e-4)
+    assert share.max() > 0.01
+    # And together they make the covariance of all.
+    whole = np.trace(made.key_cov, axis1=-2, axis2=-1)
+    between = ((means - made.key_mean[:, :, None]) ** 2).sum(-1)
+    sizes = np.diff(made.bucket_edges) / (T - SKIP)
+    np.testing.assert_allclose((sizes * (traces + between)).sum(-1), whole, rtol=2e-4)
+
+
+def test_a_dead_head_has_finite_scales():
+    """Values of zeros, as pruned heads have: not NaN, and not infinitely many orders below."""
+    params, config = model("llama").params, model("llama").config
+    runs = [dataclasses.replace(r, wv=jnp.zeros_like(r.wv)) for r in params.runs]
+    dead = dataclasses.replace(params, runs=tuple(runs))
+    scales = measure_moments(dead, config, windows("llama")).value_scales
+    least = -126 * np.log(2)
+    np.testing.assert_allclose(scales[..., 0], np.broadcast_to([0, least, 0], scales.shape[:-1]))
+    np.testing.assert_allclose(scales[..., 1], 0, atol=1e-9)
 
 
 def test_the_same_windows_give_the_same_bits(tmp_path):

@@ -10,16 +10,18 @@ ROOT = Path(__file__).resolve().parents[2]
 # Folder -> our packages that it may import.
 CORE = {"kvjax.core"}
 CODECS = CORE | {"kvjax.codecs", "pallas_kernels"}
-CACHE = CODECS | {"kvjax.attention", "kvjax.cache"}
+CACHE = CODECS | {"kvjax.attention", "kvjax.policies", "kvjax.cache"}
 METHODS = CODECS | {"kvjax.methods"}
 MODELS = CORE | {"kvjax.models"}
 CALIBRATE = METHODS | MODELS | {"kvjax.calibrate"}
 GENERATE = CACHE | MODELS | {"kvjax.generate"}
-EVALS = GENERATE | CALIBRATE | {"kvjax.evals", "kvjax"}
+EPISODES = GENERATE | {"kvjax.policies", "kvjax.episodes"}
+EVALS = EPISODES | CALIBRATE | {"kvjax.evals", "kvjax"}
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels"},
     "kvjax/core": CORE,
     "kvjax/codecs": CODECS,
+    "kvjax/policies": CORE | {"kvjax.policies"},
     "kvjax/attention": CODECS | {"kvjax.attention"},
     "kvjax/cache": CACHE,
     "kvjax/methods": METHODS,
@@ -27,6 +29,7 @@ ALLOWED = {
     "kvjax/search": CODECS | {"kvjax.search"},
     "kvjax/calibrate": CALIBRATE,
     "kvjax/generate": GENERATE,
+    "kvjax/episodes": EPISODES,
     "kvjax/evals": EVALS,
     "kvjax/cli": EVALS | {"kvjax.cli"},
 }
