@@ -2,6 +2,7 @@
 
 from kvjax.policies.budgets import as_tokens, pyramid, uniform
 from kvjax.policies.cam import merge_values
+from kvjax.policies.chunked import Chunked
 from kvjax.policies.eviction import Eviction
 from kvjax.policies.expected_attention import ExpectedAttention
 from kvjax.policies.h2o import H2O
@@ -20,6 +21,7 @@ from kvjax.policies.weighted import Weighted
 __all__ = [
     "H2O",
     "POLICIES",
+    "Chunked",
     "Eviction",
     "ExpectedAttention",
     "KeyDiff",

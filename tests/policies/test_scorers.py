@@ -14,6 +14,7 @@ from kvjax.core.errors import InputError
 from kvjax.policies import (
     H2O,
     POLICIES,
+    Chunked,
     ExpectedAttention,
     KeyDiff,
     KeyNorm,
@@ -50,6 +51,7 @@ SCORERS = {
     "h2o": H2O(),
     "h2o-normalized": H2O(normalized=True),
     "expected": ExpectedAttention(future=20, epsilon=0.02, sink=10),
+    "chunked": Chunked(KeyNorm(), size=5),
     "probe-max": Probe(),
     "probe-mean": Probe("mean"),
     "probe-sum": Probe("sum"),
@@ -125,6 +127,11 @@ def key_norm(b, h, real, positions):
     return -np.sqrt((f64(seen().key)[b, h, real] ** 2).sum(-1))
 
 
+def chunked(b, h, real, positions):
+    norms, chunk = key_norm(b, h, real, positions), np.asarray(positions) // 5
+    return np.array([norms[chunk == c].mean() for c in chunk])
+
+
 def key_diff(b, h, real, positions):
     key = f64(seen().key)[b, h, real]
     unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
@@ -197,6 +204,7 @@ ORACLES = {
     "h2o": h2o,
     "h2o-normalized": functools.partial(h2o, normalized=True),
     "expected": expected,
+    "chunked": chunked,
     **{f"probe-{r}": functools.partial(probed, r) for r in ("max", "mean", "sum")},
 }
 
