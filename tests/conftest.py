@@ -1,15 +1,15 @@
-"""What every test shares: a CPU with four devices, float32 products in earnest, kept compilations."""
+"""What every test shares: a CPU with eight devices, float32 products in earnest, kept compilations."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Before jax is imported: four simulated devices for the tests of sharding, the CPU by default.
+# Before jax is imported: eight simulated devices for the tests of sharding, the CPU by default.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
 
 # Two workers share the cores: a rotation's QR by threads that wait for each other takes 0.7 s

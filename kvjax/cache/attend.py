@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from kvjax.attention.page_scan import Chunk, page_scan
 from kvjax.cache.kept import attend_kept
-from kvjax.cache.pages import overflow, page_slots, read_chunk
+from kvjax.cache.pages import overflow, page_slots, pages_here, read_chunk
 from kvjax.cache.shapes import check_shapes
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
@@ -82,11 +82,12 @@ def attend_rows(
     at = at[:, None]  # [b, 1, s]
     unpacked = (at < layout.sink) | (at >= boundary[..., None])
     mask = unpacked & (at >= 0) & _in_reach(at, position[..., None], cache.window)  # [b, r, s]
-    seen = dense_partial(q, k, v, mask[:, None]).merge(
-        _packed(method, cache, q, layer, position, boundary)
-    )
+    packed = _packed(method, cache, q, layer, position, boundary)
     if cache.kept is not None:
-        seen = seen.merge(attend_kept(method, cache.kept, q, layer, CHUNK_TOKENS))
+        packed = packed.merge(attend_kept(method, cache.kept, q, layer, CHUNK_TOKENS))
+    if cache.axis is not None:  # windows are on every device, pages on one
+        packed = packed.merge_axis(cache.axis)
+    seen = dense_partial(q, k, v, mask[:, None]).merge(packed)
     bad = overflow(cache, layer)[:, None, None, None]
     return jnp.where(bad, jnp.nan, seen.out)
 
@@ -106,8 +107,8 @@ def _packed(method, cache, q, layer, position, boundary) -> Partial:
         row, edge = (a[:, None, None, :, None] for a in (position, boundary))
         return (at >= 0) & (at < edge) & _in_reach(at, row, cache.window)
 
-    used = jnp.minimum(cache.packed[layer].max(), slots)
-    return page_scan(method.key, method.value, read, -(-used // count), q, visible)
+    chunks = -(-pages_here(cache, layer) // count)
+    return page_scan(method.key, method.value, read, chunks, q, visible)
 
 
 def _in_reach(at: Array, row: Array, window: int | None) -> Array:

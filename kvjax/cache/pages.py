@@ -62,12 +62,17 @@ def write_page(
       code: key and value codes of the page, leaves `[h, ...]`.
       start: position of the page's first token. due: bool scalar.
     """
-    slot = cache.packed[layer, row] % page_slots(cache)
+    page = cache.packed[layer, row]
+    if cache.shards > 1:  # everyone encodes, the owner keeps
+        due_here = due & (page % cache.shards == jax.lax.axis_index(cache.axis))
+    else:
+        due_here = due
+    slot = page // cache.shards % page_slots(cache)
     changes: dict[str, Any] = {"packed": cache.packed.at[layer, row].add(due.astype(jnp.int32))}
     if cache.page_table is None or cache.pool_used is None:
-        put = lambda a, c: _update(a, c[None, None, :, None], (layer, row, 0, slot), due)
+        put = lambda a, c: _update(a, c[None, None, :, None], (layer, row, 0, slot), due_here)
         changes["page_starts"] = _update(
-            cache.page_starts, start[None, None, None], (layer, row, slot), due
+            cache.page_starts, start[None, None, None], (layer, row, slot), due_here
         )
     else:  # the next free page of the pool; running out is seen by `overflow`, never hidden
         free = cache.pool_used[layer]
@@ -82,9 +87,17 @@ def write_page(
 
 
 def page_slots(cache: Cache) -> int:
-    """Page slots of one sequence."""
+    """Page slots of one sequence; those on this device, inside a `shard_map`."""
     table = cache.page_starts if cache.page_table is None else cache.page_table
     return table.shape[-1]
+
+
+def pages_here(cache: Cache, layer: Array | int) -> Array:
+    """Page slots in use, of the longest sequence: all come before those that are not."""
+    packed = cache.packed[layer].max()
+    if cache.shards > 1:
+        packed = (packed + cache.shards - 1 - jax.lax.axis_index(cache.axis)) // cache.shards
+    return jnp.minimum(packed, page_slots(cache))
 
 
 def overflow(cache: Cache, layer: Array | int) -> Array:

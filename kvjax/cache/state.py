@@ -34,6 +34,10 @@ class Cache:
       capacity: tokens that fit; a longer sequence reads as NaN, never as something else.
       window: tokens that a query sees back from itself, or None.
       kept: what a policy kept of an earlier history, packed and never changed; or None.
+      shards: devices that pages are dealt to in turn: page i to device i mod shards, which has it
+        in its slot i div shards. Slots of a device lie together.
+      axis: name of the mesh axis of those devices; the functions of a cache with more than one
+        shard run inside a `shard_map` over it.
     """
 
     window_key: Array
@@ -49,6 +53,8 @@ class Cache:
     capacity: int = static()
     window: int | None = static(default=None)
     kept: Kept | None = None
+    shards: int = static(default=1)
+    axis: str | None = static(default=None)
 
     def history(self) -> list[Array]:
         """The leaves that hold packed tokens and all that is needed to read them."""
@@ -72,6 +78,8 @@ def init(
     layers: int = 1,
     window: int | None = None,
     dtype=jnp.bfloat16,
+    shards: int = 1,
+    axis: str | None = None,
 ) -> Cache:
     """An empty cache.
 
@@ -79,6 +87,7 @@ def init(
       capacity: most tokens per sequence.
       window: sliding attention window; the cache then keeps only the pages that it can reach.
       dtype: of the exact sink and recent window.
+      shards, axis: devices that pages are dealt to, and their mesh axis; see `kvjax.parallel`.
     Raises:
       InputError: head_dim or page that the method does not take; capacity or window under 1.
 
@@ -96,7 +105,14 @@ def init(
         raise InputError("window", got=window, expected="1 or more", fix="None sees all")
     layout = method.layout
     slots = layout.sink + layout.ring
-    n = layout.page_slots(capacity, window)
+    n = -(-layout.page_slots(capacity, window) // shards) * shards
+    if shards > 1 and layout.pool is not None:
+        raise InputError(
+            "layout",
+            got=f"a shared pool of pages over {shards} devices",
+            expected="contiguous pages where a sequence is sharded",
+            fix="leave out the pool",
+        )
     exact = (layers, batch, kv_heads, slots, head_dim)
     paged = layout.pool is not None
     pages = (layout.pool, kv_heads) if paged else (batch, kv_heads, n)
@@ -122,6 +138,8 @@ def init(
         packed=full((layers, batch), 0),
         capacity=capacity,
         window=window,
+        shards=shards,
+        axis=axis,
     )
 
 

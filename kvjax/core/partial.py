@@ -51,10 +51,10 @@ class Partial:
     def merge_axis(self, axis_name: str) -> Partial:
         """Merges over a mesh axis, inside `shard_map`: each device holds a part of the tokens."""
         top = jax.lax.pmax(self.lse, axis_name)
-        weight = jnp.exp(self.lse - top)
-        total = jax.lax.psum(weight, axis_name)
-        out = jax.lax.psum(self.out * weight[..., None], axis_name) / total[..., None]
-        return Partial(out, top + jnp.log(total))
+        weight = jnp.exp(self.lse - top)[..., None]
+        both = jnp.concatenate([self.out * weight, weight], -1)
+        both = jax.lax.psum(both, axis_name)  # one reduction: [..., d + 1]
+        return Partial(both[..., :-1] / both[..., -1:], top + jnp.log(both[..., -1]))
 
 
 def dense_partial(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Partial:

@@ -89,8 +89,9 @@ def start_working(plan: Plan, eviction: Eviction, *, batch: int, dtype=jnp.bfloa
             queries = config.q_per_kv
             found.append(init_working_set(eviction, layers=layers, queries=queries, **sizes))
             continue
-        own = {"capacity": config.max_positions, "window": group.window}
-        found.append(init(_one(plan, i), layers=layers, **sizes, **own))
+        capacity, window = config.max_positions, group.window
+        one = _one(plan, i)
+        found.append(init(one, capacity=capacity, window=window, layers=layers, **sizes))
     return tuple(found)
 
 

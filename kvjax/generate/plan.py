@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from kvjax.cache import Cache, append, attend, extend, init
 from kvjax.cache.working_set import WorkingSet, take_in
@@ -17,6 +20,8 @@ from kvjax.core.method import Method
 from kvjax.core.pytree import pytree, static
 from kvjax.models.config import ModelConfig, layer_runs
 from kvjax.models.decoder import Params, decode_layers, rope_frequencies
+from kvjax.parallel.place import make_cache, repeat_method
+from kvjax.parallel.rules import ShardingRules, cache_specs, method_specs, param_specs
 from kvjax.policies.eviction import Eviction
 
 Array = jax.Array
@@ -43,28 +48,48 @@ class Plan:
       methods: one per group; where layers of a group have arrays of their own, these are stacked.
       stacked: per group, whether that is so.
       groups: in order of their runs; caches come one per group.
+      rules: how it is spread over devices, or None. `config` then has a KV head for every device.
     """
 
     methods: tuple[Method, ...]
     stacked: tuple[bool, ...] = static()
     groups: tuple[Group, ...] = static()
     config: ModelConfig = static()
+    rules: ShardingRules | None = static(default=None)
 
     def in_run(self, run: int) -> list[int]:
         """The groups of a run."""
         return [i for i, group in enumerate(self.groups) if group.run == run]
 
 
-def make_plan(config: ModelConfig, method: Method | Sequence[Method]) -> Plan:
+def make_plan(
+    config: ModelConfig,
+    method: Method | Sequence[Method],
+    *,
+    rules: ShardingRules | None = None,
+) -> Plan:
     """Spreads a method, or one method per layer, over a model.
 
     A run of alike layers is one loop. Where its layers' methods differ in arrays only (calibration)
     these are stacked; where they differ in structure, each structure is compiled once and the loop
     chooses, so ten layers of two kinds cost two bodies in whatever order they come.
 
+    Args:
+      rules: spreads the model over the devices of a mesh; its weights come from
+        `kvjax.parallel.place_params`.
     Raises:
-      InputError: methods that do not fit the head_dim, or not one per layer.
+      InputError: methods that do not fit the head_dim, or not one per layer; heads, batch or
+        codecs that the mesh does not split.
     """
+    if rules is not None:
+        single = isinstance(method, Method)
+        methods = (method,) if isinstance(method, Method) else tuple(method)
+        rules.check(config, methods, rules.data)
+        copies = rules.copies(config)
+        repeated = [repeat_method(one, config.kv_heads, copies) for one in methods]
+        config = dataclasses.replace(config, kv_heads=config.kv_heads * copies)
+        plan = make_plan(config, repeated[0] if single else repeated)
+        return dataclasses.replace(plan, rules=rules)
     runs = layer_runs(config)
     if isinstance(method, Method):
         method.check(config.head_dim)
@@ -106,10 +131,14 @@ def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) ->
             expected=f"at most the {config.max_positions} positions of {config.name}",
             fix="use a shorter context, or a model with more positions",
         )
-    one = lambda method, stacked: jax.tree.map(lambda a: a[0], method) if stacked else method
-    return tuple(
-        init(
-            one(method, stacked),
+    rules = plan.rules
+    if rules is not None:
+        rules.check(config, plan.methods, batch)
+    shards = 1 if rules is None else rules.sequence
+
+    def make(method, stacked, group):
+        return init(
+            jax.tree.map(lambda a: a[0], method) if stacked else method,
             capacity=capacity,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
@@ -117,9 +146,14 @@ def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) ->
             layers=len(group.layers),
             window=group.window,
             dtype=dtype,
+            shards=shards,
+            axis="sequence" if shards > 1 else None,
         )
-        for method, stacked, group in zip(plan.methods, plan.stacked, plan.groups, strict=True)
-    )
+
+    def placed(*of):
+        return make(*of) if rules is None else make_cache(rules, functools.partial(make, *of))
+
+    return tuple(map(placed, plan.methods, plan.stacked, plan.groups))
 
 
 def forward_block(
@@ -142,6 +176,52 @@ def forward_block(
     Returns:
       hidden `[b, t, D]`, caches, and `finite` bool `[layers, 2]` (keys, values).
     """
+    if plan.rules is not None:
+        if eviction is not None:
+            raise InputError(
+                "eviction",
+                got=f"a mesh of {plan.rules.mesh.size} devices",
+                expected="one device where a policy evicts",
+                fix="leave out the rules",
+            )
+        return _forward_sharded(plan, plan.rules, params, caches, tokens, count)
+    return _forward(plan, params, caches, tokens, count, eviction, probe)
+
+
+def _forward_sharded(plan, rules, params, caches, tokens, count):
+    """`_forward` on every device of a mesh, over its heads and pages of its sequences.
+
+    Per layer it takes one merge over "sequence" (a maximum and a sum) and one sum over "heads".
+    """
+    spec, config = PartitionSpec, plan.config
+    heads = config.kv_heads // rules.heads
+    queries = {"kv_heads": heads, "q_heads": heads * config.q_per_kv}
+    local_config = dataclasses.replace(config, **queries)
+
+    def reduce(part, x):
+        split = rules.heads > 1 and (part == "heads" or rules.mlp)
+        return jax.lax.psum(x, "heads") if split else x
+
+    def local(methods, params, caches, tokens, count):
+        own = dataclasses.replace(plan, methods=methods, config=local_config, rules=None)
+        hidden, caches, finite = _forward(own, params, caches, tokens, count, reduce=reduce)
+        return hidden, caches, finite[None, None]
+
+    own = tuple(map(method_specs, plan.methods, itertools.repeat(config.kv_heads), plan.stacked))
+    on = tuple(map(cache_specs, caches))
+    count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if count is None else count
+    hidden, caches, finite = jax.shard_map(
+        local,
+        mesh=rules.mesh,
+        in_specs=(own, param_specs(rules, params), on, spec("data"), spec("data")),
+        out_specs=(spec("data"), on, spec("data", "heads")),
+        check_vma=False,
+    )(plan.methods, params, caches, tokens, count)
+    return hidden, caches, finite.all((0, 1))
+
+
+def _forward(plan, params, caches, tokens, count, eviction=None, probe=False, reduce=None):
+    """`forward_block` on one device."""
     t = tokens.shape[1]
     positions = caches[0].length[0][:, None] + jnp.arange(t)  # [b, t]
 
@@ -186,6 +266,7 @@ def forward_block(
         layer_attend,
         [tuple(caches[i] for i in groups) for groups in by_run],
         xs=[_layer_inputs(plan, groups) for groups in by_run],
+        reduce=reduce,
     )
     flat = {
         i: cache

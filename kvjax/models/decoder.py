@@ -30,6 +30,7 @@ from kvjax.core.errors import InputError
 from kvjax.models.config import ModelConfig, Run, layer_runs
 
 Attend = Callable[..., tuple[jax.Array, Any]]
+Reduce = Callable[[str, jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
@@ -114,6 +115,7 @@ def decode_layers(
     *,
     runs: tuple[Run, ...] | None = None,
     xs: Sequence[Any] | None = None,
+    reduce: Reduce | None = None,
 ) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
     """All layers of the model over some tokens, with attention and caches from outside.
 
@@ -127,6 +129,8 @@ def decode_layers(
       runs: how layers are grouped; default `layer_runs(config)`.
       xs: optional, one pytree per run whose leaves are stacked over the run's layers; each layer
         gets its slice as `extra` (None without xs).
+      reduce: for weights that are split over devices, inside a `shard_map`: `reduce("heads", x)`
+        sums the parts of what attention adds, `reduce("mlp", x)` those of the feed-forward.
 
     Returns:
       hidden [b, t, D] after the final norm, the new caches, and `finite` bool [l, 2]: whether all
@@ -147,7 +151,8 @@ def decode_layers(
         def step(carry, inputs, index=index, angles=angles):
             x, cache = carry
             weights, layer, extra = inputs
-            return _layer(config, weights, x, angles, attend, index, layer, cache, extra)
+            attention = lambda q, k, v: attend(index, layer, cache, q, k, v, extra)
+            return _layer(config, weights, x, angles, attention, reduce or _whole)
 
         (x, caches[index]), ok = _over_layers(
             step, (x, caches[index]), (params.runs[index], _layer_ids(run), extra), run.length
@@ -169,17 +174,22 @@ def _over_layers(step, carry, inputs, length: int):
     return carry, out[None]
 
 
-def _layer(config, weights, x, angles, attend, index, layer, cache, extra):
+def _whole(part: str, x: jax.Array) -> jax.Array:
+    del part
+    return x
+
+
+def _layer(config, weights, x, angles, attention, reduce):
     """One transformer block: x [b, t, D] -> x, with the cache and finite flags [2]."""
     q, k, v = _project(config, weights, x, angles)
     finite = jnp.stack([jnp.isfinite(k).all(), jnp.isfinite(v).all()])
-    out, cache = attend(index, layer, cache, q, k, v, extra)
+    out, cache = attention(q, k, v)
     out = out.reshape(*x.shape[:2], -1).astype(x.dtype)  # [b, t, h*g*d]
-    out = out @ weights.wo  # [b, t, D]
+    out = reduce("heads", out @ weights.wo)  # [b, t, D]
     if config.post_norms:
         out = rms_norm(out, weights.post_attn_norm, config.norm_eps)
     x = x + out
-    out = _mlp(config, weights, rms_norm(x, weights.mlp_norm, config.norm_eps))
+    out = reduce("mlp", _mlp(config, weights, rms_norm(x, weights.mlp_norm, config.norm_eps)))
     if config.post_norms:
         out = rms_norm(out, weights.post_mlp_norm, config.norm_eps)
     return (x + out, cache), finite

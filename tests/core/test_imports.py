@@ -14,7 +14,7 @@ CACHE = CODECS | {"kvjax.attention", "kvjax.policies", "kvjax.cache"}
 METHODS = CODECS | {"kvjax.methods"}
 MODELS = CORE | {"kvjax.models"}
 CALIBRATE = METHODS | MODELS | {"kvjax.calibrate"}
-GENERATE = CACHE | MODELS | {"kvjax.generate"}
+GENERATE = CACHE | MODELS | {"kvjax.parallel", "kvjax.generate"}
 EPISODES = GENERATE | {"kvjax.policies", "kvjax.episodes"}
 EVALS = EPISODES | CALIBRATE | {"kvjax.evals", "kvjax"}
 ALLOWED = {
@@ -28,6 +28,7 @@ ALLOWED = {
     "kvjax/models": MODELS,
     "kvjax/search": CODECS | {"kvjax.search"},
     "kvjax/calibrate": CALIBRATE,
+    "kvjax/parallel": CACHE | MODELS | {"kvjax.parallel"},
     "kvjax/generate": GENERATE,
     "kvjax/episodes": EPISODES,
     "kvjax/evals": EVALS,

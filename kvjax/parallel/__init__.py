@@ -1,0 +1,6 @@
+"""One mesh, one set of rules: the same decode step on one device or many."""
+
+from kvjax.parallel.place import place_params
+from kvjax.parallel.rules import AXES, ShardingRules, make_mesh
+
+__all__ = ["AXES", "ShardingRules", "make_mesh", "place_params"]

@@ -1,0 +1,176 @@
+"""The same model over the same cache on eight devices: data, heads, sequence, and all of them."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import Layout
+from kvjax.core.errors import InputError
+from kvjax.generate import forward_block, generate, init_caches, make_plan
+from kvjax.methods import RECIPES
+from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Layers, Params, logits
+from kvjax.parallel import ShardingRules, make_mesh, place_params
+
+LAYOUT = Layout(sink=4, recent=32, page=32)
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+CONFIG = ModelConfig(
+    name="random",
+    arch="llama",
+    vocab_size=64,
+    layers=2,
+    d_model=48,
+    d_ff=64,
+    q_heads=8,
+    kv_heads=4,
+    head_dim=32,
+    max_positions=4096,
+    attention_scale=32**-0.5,
+)
+FEW = ("turboquant-3", "turboquant-prod-2", "kivi-2", "nvfp4")
+
+
+def weights(config, seed=0):
+    draw = iter(jax.random.split(jax.random.key(seed), 64))
+
+    def random(*shape):
+        return jax.random.normal(next(draw), shape) / np.sqrt(shape[-2])
+
+    n, width, h = config.layers, config.d_model, config.head_dim
+    layers = Layers(
+        attn_norm=jnp.ones((n, width)),
+        wq=random(n, width, config.q_heads * h) * 2,
+        wk=random(n, width, config.kv_heads * h) * 2,
+        wv=random(n, width, config.kv_heads * h),
+        wo=random(n, config.q_heads * h, width),
+        mlp_norm=jnp.ones((n, width)),
+        w_gate=random(n, width, config.d_ff),
+        w_up=random(n, width, config.d_ff),
+        w_down=random(n, config.d_ff, width),
+    )
+    return Params(
+        embed=random(config.vocab_size, width), runs=(layers,), final_norm=jnp.ones(width)
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return weights(CONFIG)
+
+
+def run(params, method, rules=None, config=CONFIG):
+    """Logits of the last of a ragged prefill and of three steps after it, `[4, b, V]`."""
+    plan = make_plan(config, method, rules=rules)
+    if rules is not None:
+        params = place_params(rules, params, config)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (8, 163), dtype=np.int32)
+    count = np.array([160, 97, 160, 33, 128, 5, 150, 64], np.int32)
+    caches = init_caches(plan, batch=8, capacity=200, dtype=jnp.float32)
+    step = jax.jit(forward_block, donate_argnames="caches")
+    hidden, caches, finite = step(plan, params, caches, tokens[:, :160], count)
+    assert finite.all()
+    found = [jnp.take_along_axis(hidden, jnp.asarray(count - 1)[:, None, None], 1)[:, 0]]
+    for t in range(160, 163):
+        hidden, caches, _ = step(plan, params, caches, tokens[:, t : t + 1])
+        found.append(hidden[:, 0])
+    return np.stack([np.asarray(logits(params, config, h)) for h in found]), caches
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_logits_are_those_of_one_device(mesh, params):
+    method = kvjax.methods.get("turboquant-3", head_dim=32, layout=LAYOUT)
+    want, _ = run(params, method)
+    got, caches = run(params, method, ShardingRules(make_mesh(*mesh)))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    data, heads, sequence = mesh
+    cache = caches[0]
+    pages = jax.tree.leaves(cache.key_pages)[0]
+    copies = max(1, heads // CONFIG.kv_heads)
+    assert pages.addressable_shards[0].data.shape[1] == 8 // data
+    assert pages.addressable_shards[0].data.shape[2] == CONFIG.kv_heads * copies // heads
+    assert pages.addressable_shards[0].data.shape[3] * sequence == pages.shape[3]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_recipes_on_all_axes(name, params):
+    method = kvjax.methods.get(name, head_dim=32, layout=LAYOUT)
+    got, _ = run(params, method, ShardingRules(make_mesh(2, 2, 2), mlp="heads"))
+    np.testing.assert_allclose(got, run(params, method)[0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(FEW)))
+def test_every_recipe_on_every_mesh(name, params):
+    try:
+        method = kvjax.methods.get(name, head_dim=32, layout=LAYOUT)
+    except InputError as error:
+        pytest.skip(str(error))
+    want, _ = run(params, method)
+    for mesh in MESHES:
+        rules = ShardingRules(make_mesh(*mesh))
+        if mesh[1] > 1 and name.startswith("oscar-canalized"):
+            with pytest.raises(InputError, match="over all heads"):
+                make_plan(CONFIG, method, rules=rules)
+            continue
+        np.testing.assert_allclose(
+            run(params, method, rules)[0], want, atol=1e-5, err_msg=str(mesh)
+        )
+
+
+def test_the_same_tokens_are_generated(params):
+    method = kvjax.methods.get("turboquant-2", head_dim=32, layout=LAYOUT)
+    prompts = [[int(t) for t in np.random.default_rng(n).integers(0, 64, n)] for n in (90, 41)]
+    want, _ = generate(make_plan(CONFIG, method), params, prompts, max_new=50)
+    rules = ShardingRules(make_mesh(2, 2, 2))
+    plan = make_plan(CONFIG, method, rules=rules)
+    got, state = generate(plan, place_params(rules, params, CONFIG), prompts, max_new=50)
+    np.testing.assert_array_equal(got, want)
+    assert state.caches[0].packed.tolist() == [[3, 1]] * 2  # some device has pages, some has none
+
+
+@pytest.mark.parametrize("capacity", [256, 2048])
+def test_collectives_of_a_step(capacity, params):
+    """Per layer a merge over sequence and a sum over heads; their sizes know no context."""
+    method = kvjax.methods.get("turboquant-3", head_dim=32, layout=LAYOUT)
+    rules = ShardingRules(make_mesh(2, 2, 2))
+    plan = make_plan(CONFIG, method, rules=rules)
+    caches = init_caches(plan, batch=2, capacity=capacity)
+    step = jax.jit(forward_block, donate_argnames="caches")
+    args = (plan, place_params(rules, params, CONFIG), caches, jnp.zeros((2, 1), jnp.int32))
+    compiled = step.lower(*args).compile()
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= (\S+?)\{{\S* (?:{kinds})\(", compiled.as_text())
+    assert sorted(found) == [
+        "f32[1,1,48]",  # what attention adds, over heads
+        "f32[1,2,2,33]",  # outputs and weights, over sequence: [b, h, g, d + 1]
+        "f32[1,2,2]",  # their maximum
+        "pred[2,2]",  # whether all was finite, once per step, over data
+        "pred[2,2]",  # and over heads
+    ]
+    held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(caches))
+    assert compiled.memory_analysis().alias_size_in_bytes == held
+
+
+def test_meshes_that_do_not_divide(params):
+    get = lambda name, **other: kvjax.methods.get(name, head_dim=32, layout=Layout(**other))
+    rules = lambda *shape, **other: ShardingRules(make_mesh(*shape), **other)
+    with pytest.raises(InputError, match="at most 8 devices"):
+        make_mesh(4, 4, 1)
+    odd = dataclasses.replace(CONFIG, q_heads=6, kv_heads=3)
+    with pytest.raises(InputError, match="8 devices for 3 KV heads"):
+        make_plan(odd, get("int4"), rules=rules(1, 8, 1))
+    plan = make_plan(CONFIG, get("int4"), rules=rules(8, 1, 1))
+    with pytest.raises(InputError, match="3 sequences over 8 devices"):
+        init_caches(plan, batch=3, capacity=100)
+    with pytest.raises(InputError, match="over all heads"):
+        make_plan(CONFIG, get("oscar-canalized-4"), rules=rules(1, 2, 1))
+    with pytest.raises(InputError, match="shared pool"):
+        make_plan(CONFIG, get("int4", pool=9), rules=rules(2, 1, 1))
+    seven = dataclasses.replace(CONFIG, q_heads=14, kv_heads=7)
+    with pytest.raises(InputError, match="width 64 over 7"):
+        make_plan(seven, get("int4"), rules=rules(1, 7, 1, mlp="heads"))
