@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "key-norm": KeyNorm,
     "key-diff": KeyDiff,
     "expected-attention": ExpectedAttention,
-    "kvzip": Probe,
+    "kvzip": functools.partial(Probe, remember=True),
     "epicache": Probe,
     "random": Random,
 }
@@ -54,7 +55,8 @@ def get(name: str, *, rng: jax.Array | None = None, **options: Any) -> Policy:
     if name not in POLICIES:
         raise InputError("policy", got=repr(name), expected=known(POLICIES), fix="name one of them")
     make: Any = POLICIES[name]
-    fields = [field.name for field in dataclasses.fields(make) if field.name != "rng"]
+    kind: Any = make.func if isinstance(make, functools.partial) else make
+    fields = [field.name for field in dataclasses.fields(kind) if field.name != "rng"]
     if wrong := sorted(set(options) - set(fields)):
         raise InputError(
             f"option of {name}",
@@ -72,14 +74,18 @@ def get(name: str, *, rng: jax.Array | None = None, **options: Any) -> Policy:
 
 
 def layer_budgets(
-    name: str, budget: int, layers: int, tokens: int, policy: Policy
+    name: str, budget: int, layers: int, tokens: int, policy: Policy, sure: int = 0
 ) -> tuple[int, ...]:
     """Tokens that each layer keeps under the policy of that name: a pyramid for "pyramidkv".
+
+    Args:
+      sure: tokens that always stay (sink and recent window of a layout), where that is more than
+        the policy's own window: no layer gets less.
 
     Example:
       >>> layer_budgets("pyramidkv", 64, 4, 1000, get("pyramidkv", window=8))
       (118, 82, 46, 10)
     """
     if name == "pyramidkv":
-        return pyramid(budget, layers, tokens, policy.window)
+        return pyramid(budget, layers, tokens, max(policy.window, sure))
     return uniform(budget, layers)

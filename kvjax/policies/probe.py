@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -33,6 +33,9 @@ class Probe(Policy):
 
     Args:
       reduce: "max"; "sum" or "mean" over queries, of the mean over query heads.
+      remember: a token keeps the best verdict of all probes so far, where the prompt differs from
+        block to block (KVzip): else old tokens are judged by a prompt that repeats the newest
+        block, and lose.
 
     Source: EpiCache, arXiv 2509.17396, eq. 3 (max); KVzip, arXiv 2505.23416 (max); InfiniPot's
     catalyst prompt, arXiv 2410.01518 ("sum").
@@ -43,13 +46,14 @@ class Probe(Policy):
       InputError: another `reduce`.
 
     Example:
-      >>> sorted(Probe().needs)
+      >>> sorted(Probe(remember=True).needs)
       ['probe']
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     reduce: Reduce = static(default="max")
+    remember: bool = static(default=False)
 
     def __post_init__(self):
         if self.reduce not in get_args(Reduce):
@@ -57,7 +61,15 @@ class Probe(Policy):
                 "reduce", got=repr(self.reduce), expected="max, mean or sum", fix="name one of them"
             )
 
+    def observe(self, seen: Seen) -> tuple[Array, Any]:
+        if not self.remember:
+            return seen.mass, seen.memory
+        return jnp.maximum(seen.mass, self._verdict(seen)), seen.memory
+
     def score(self, seen: Seen) -> Array:
+        return seen.mass if self.remember else self._verdict(seen)
+
+    def _verdict(self, seen: Seen) -> Array:
         paid = columns(seen)
         if self.reduce == "max":
             return paid.peak

@@ -49,7 +49,8 @@ def test_tiny_variant_runs(name, tmp_path):
 
 def test_every_experiment_has_a_config_with_both_variants():
     programs = {p.stem for p in (ROOT / "experiments").glob("*.py") if "app.run" in p.read_text()}
-    assert programs <= set(EXPERIMENTS) | {"peers", "frontier"}  # these have tests of their own
+    own_tests = {"peers", "frontier", "tokens", "conversations"}
+    assert programs <= set(EXPERIMENTS) | own_tests
     for name in programs:
         text = (ROOT / "configs" / f"{name}.py").read_text()
         assert "def get_config" in text

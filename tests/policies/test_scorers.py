@@ -319,6 +319,26 @@ def test_weighted_adds_ranks(quick_jit):
         Weighted(((KeyNorm(), 1.0), (KeyNorm(), 2.0)))
 
 
+def test_a_probe_may_remember(quick_jit):
+    """The best verdict of two probes, where the second asks for something else."""
+    other = dataclasses.replace(seen(), query=seen().query[:, :, ::-1] * 2 - 1)
+    policy = Probe(remember=True)
+
+    def both(one, two):
+        first, _ = policy.observe(dataclasses.replace(one, mass=jnp.zeros_like(one.mass)))
+        later = dataclasses.replace(two, mass=first)
+        noted, memory = policy.observe(later)
+        return policy.score(dataclasses.replace(later, mass=noted, memory=memory))
+
+    plain = lambda of: np.asarray(quick_jit(Probe().score)(of))
+    want = np.maximum(plain(seen()), plain(other))
+    real = np.asarray(seen().real)
+    assert (want > plain(other))[real].any()
+    assert (want > plain(seen()))[real].any()
+    got = np.asarray(quick_jit(both)(seen(), other))
+    np.testing.assert_allclose(got[real], want[real], rtol=1e-5)
+
+
 def test_names():
     for name in POLICIES:
         assert get(name, rng=jax.random.key(0)).window in (0, 32)
