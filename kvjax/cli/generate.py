@@ -15,7 +15,8 @@ def add(subparsers) -> None:
         "generate",
         help="generate text through a compressed cache; prints tokens/s and bytes",
         description="Streams text. At the end: tokens per second, and the cache's bytes beside "
-        "those of a plain bf16 cache of the same capacity.",
+        "those of a plain bf16 cache of the same capacity. With a policy only a budget of the "
+        "prompt's tokens stays, judged block by block; new tokens follow.",
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; - or nothing reads stdin")
     parser.add_argument(
@@ -30,6 +31,12 @@ def add(subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0, help="for sampling (%(default)s)")
     options.add_calibration(parser)
     options.add_layout(parser)
+    group = options.add_policy(parser)
+    group.add_argument(
+        "--keep-exact",
+        action="store_true",
+        help="keep the budget in bf16 and evict at every step: no method, no growth",
+    )
     parser.set_defaults(run=run)
 
 
@@ -39,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     check_name(args.method, args.calibration)
     layout = options.layout_of(args)
     options.positive("--max-new", args.max_new)
+    check_keep(args)
     if args.temperature < 0:
         raise InputError(
             "--temperature", got=args.temperature, expected="0 or more", fix="0 is greedy"
@@ -74,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
             if args.chat
             else model.tokenizer.encode(prompt)
         )
+        keep = make_keep(args, model, len(ids))
         report("reading the prompt")
-        rng = jax.random.key(args.seed)
-        state = start(
-            plan, model.params, [ids], max_new=args.max_new, rng=rng, temperature=args.temperature
-        )
+        sampling = {"rng": jax.random.key(args.seed), "temperature": args.temperature}
+        state = start(plan, model.params, [ids], max_new=args.max_new, keep=keep, **sampling)
         check_finite(state.finite)
+    eviction = keep.eviction if keep is not None and not keep.pack else None
     stream, count, clock = model.tokenizer.stream(), 0, None
     while True:
         token = int(state.token[0])
@@ -89,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         count += 1
         if count == args.max_new:
             break
-        state = step(plan, model.params, state, temperature=args.temperature)
+        state = step(plan, model.params, state, temperature=args.temperature, eviction=eviction)
         if clock is None:  # from the first step on: compiling it is not speed
             jax.block_until_ready(state)
             clock, before = time.perf_counter(), count
@@ -97,11 +105,91 @@ def run(args: argparse.Namespace) -> int:
     check_finite(state.finite)
     seconds = time.perf_counter() - clock if clock else 0.0
     timed = count - before if clock else 0
-    print(summary(plan, state, len(ids), count, timed, seconds), file=sys.stderr)
+    speed = f"{timed / seconds:.1f} tokens/s" if timed > 0 and seconds > 0 else "too few to time"
+    sizes = f"{len(ids)} + {count} tokens, {speed}"
+    if keep is None:
+        print(summary(plan, state, sizes), file=sys.stderr)
+    else:
+        print(summary_of_kept(plan, state, sizes, args, len(ids) + count), file=sys.stderr)
     return 0
 
 
-def summary(plan, state, prompt: int, new: int, timed: int, seconds: float) -> str:
+def check_keep(args: argparse.Namespace) -> None:
+    """Raises `InputError` for options of a policy that do not go together."""
+    given = {
+        "--budget": args.budget,
+        "--block": args.block,
+        "--compete": args.compete,
+        "--keep-exact": args.keep_exact or None,
+    }
+    if args.policy is None:
+        if stray := [name for name, value in given.items() if value is not None]:
+            raise InputError(
+                stray[0], got="no --policy", expected="one beside it", fix="name one: --policy h2o"
+            )
+        return
+    options.check_policy(args.policy)
+    if args.policy == "epicache":
+        raise InputError(
+            "--policy",
+            got="epicache",
+            expected="a policy for one prompt",
+            fix="its episodes come from a conversation: use kvjax chat or kvjax episodes; kvzip "
+            "judges by a prompt of its own too",
+        )
+    if args.budget is None:
+        raise InputError(
+            "--policy", got="no --budget", expected="tokens that stay", fix="give --budget 512"
+        )
+    if args.keep_exact and args.policy == "kvzip":
+        raise InputError(
+            "--keep-exact",
+            got="kvzip, which judges whole blocks by a prompt",
+            expected="a policy that judges at every step",
+            fix="leave it out, or use h2o, tova or streaming",
+        )
+    for name in ("--budget", "--block"):
+        if given[name] is not None:
+            options.positive(name, given[name])
+
+
+def make_keep(args: argparse.Namespace, model, tokens: int):
+    """What stays of a prompt of so many tokens, or None for all of it."""
+    if args.policy is None:
+        return None
+    from kvjax.evals.evicted import repeat_probe
+    from kvjax.generate.evict import Keep
+
+    block, compete = args.block or 256, args.compete or "head"
+    eviction = options.eviction_of(
+        model.config,
+        args.policy,
+        args.budget,
+        block,
+        compete,
+        tokens=tokens,
+        layout=options.layout_of(args),
+    )
+    probe = repeat_probe(model.tokenizer, block) if args.policy == "kvzip" else None
+    return Keep(eviction, probe, pack=not args.keep_exact)
+
+
+def summary_of_kept(plan, state, sizes: str, args: argparse.Namespace, tokens: int) -> str:
+    """One line: tokens, speed, the budget, and its true bytes against plain bf16 of all tokens."""
+    from kvjax.cache import cache_bytes
+    from kvjax.evals.memory import plain_bytes
+
+    held = sum(cache_bytes(cache) for cache in state.caches)
+    plain = plain_bytes(plan.config, tokens)
+    form = "bf16" if args.keep_exact else plan.methods[0].name
+    return (
+        f"[{args.policy}, {args.budget} tokens per head, {form}: {sizes}; cache "
+        f"{held / 2**20:.2f} MiB, {held / plain:.2f} of the {plain / 2**20:.2f} MiB that all "
+        f"{tokens} tokens take in bf16]"
+    )
+
+
+def summary(plan, state, sizes: str) -> str:
     """One line: tokens, speed, cache bytes against plain bf16, and what is packed."""
     from kvjax.cache import cache_bytes
     from kvjax.evals.memory import plain_bytes
@@ -111,9 +199,8 @@ def summary(plan, state, prompt: int, new: int, timed: int, seconds: float) -> s
     plain = plain_bytes(plan.config, capacity)
     page = plan.methods[0].layout.page
     packed = max(int(cache.packed.max()) for cache in state.caches) * page
-    speed = f"{timed / seconds:.1f} tokens/s" if timed > 0 and seconds > 0 else "too few to time"
     return (
-        f"[{plan.methods[0].name}: {prompt} + {new} tokens, {speed}; cache {held / 2**20:.2f} MiB "
+        f"[{plan.methods[0].name}: {sizes}; cache {held / 2**20:.2f} MiB "
         f"for {capacity} tokens, {held / plain:.2f} of bf16's {plain / 2**20:.2f} MiB; "
         f"{packed} tokens packed, the rest exact]"
     )

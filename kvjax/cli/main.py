@@ -15,8 +15,11 @@ COMMANDS = (
     "limits",
     "distortion",
     "generate",
+    "chat",
+    "episodes",
     "describe",
     "memory",
+    "launch",
     "models",
 )
 

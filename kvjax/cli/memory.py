@@ -12,14 +12,14 @@ from kvjax.cli import options
 from kvjax.core.errors import InputError, known
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from kvjax.calibrate.moments import Moments
     from kvjax.core.method import Method
-    from kvjax.evals.memory import Footprint
     from kvjax.models.config import ModelConfig
 
 DEFAULT_MODEL = "llama-3.1-70b"
+DEFAULT_DEVICE = "h200"
 
 
 def add(subparsers) -> None:
@@ -41,36 +41,60 @@ def add(subparsers) -> None:
     )
     options.add_calibration(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    spread = parser.add_argument_group("many devices")
+    spread.add_argument("--devices", type=int, help="plan for so many: bytes on each, best mesh")
+    spread.add_argument("--device", help="their kind, such as h200 (the default) or tpu-v5e")
     options.add_layout(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    import dataclasses
-
     from kvjax.calibrate.names import check_name, get_for_model
-    from kvjax.evals.memory import footprint, plain_bytes
+    from kvjax.evals.devices import get_device
     from kvjax.methods import RECIPES
 
     names = options.names(args.methods) if args.methods else list(RECIPES)
     for name in names:
         check_name(name, args.calibration)  # told before anything is loaded
+    if args.device is not None and args.devices is None:
+        raise InputError(
+            "--device", got="no --devices", expected="how many there are", fix="add --devices"
+        )
+    if args.devices is not None:
+        options.positive("--devices", args.devices)
+        get_device(args.device or DEFAULT_DEVICE)
     moments = None
     if args.calibration is None:
         config = read_config(args.model or DEFAULT_MODEL)
     else:
         config, moments = read_calibration(args.calibration, args.model)
     context = config.max_positions if args.context is None else args.context
-    context, batch = options.positive("--context", context), options.positive("--batch", args.batch)
+    options.positive("--context", context)
+    options.positive("--batch", args.batch)
     layout = options.layout_of(args)
+    methods = ((name, get_for_model(name, config, moments, layout=layout)) for name in names)
+    show = sizes if args.devices is None else spread
+    show(args, config, methods, context)
+    return 0
+
+
+def sizes(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    methods: Iterable[tuple[str, Method | tuple[Method, ...]]],
+    context: int,
+) -> None:
+    """Prints what the caches take together."""
+    import dataclasses
+
+    from kvjax.evals.memory import footprint, plain_bytes
+
+    batch = args.batch
     rows, by_layer = [], {}
-    for name in names:
-        method = get_for_model(name, config, moments, layout=layout)
+    for _, method in methods:
+        rows.append(footprint(config, method, context=context, batch=batch))
         if isinstance(method, tuple):
-            row, by_layer[name] = layers_footprint(config, method, context=context, batch=batch)
-        else:
-            row = footprint(config, name, context=context, batch=batch, layout=layout)
-        rows.append(row)
+            by_layer[rows[-1].method] = rows[-1].bits_by_layer
     per_token = int(config.kv_bytes_per_token(2))
     plain = plain_bytes(config, context, batch)
     if args.json:
@@ -79,13 +103,14 @@ def run(args: argparse.Namespace) -> int:
             "context": context,
             "batch": batch,
             "plain_bf16": {"bytes_per_token": per_token, "bytes": plain},
-            "rows": [
-                {**dataclasses.asdict(row), "bits_per_value_by_layer": by_layer.get(row.method)}
-                for row in rows
-            ],
+            "rows": [],
         }
+        for row in rows:
+            fields = dataclasses.asdict(row)
+            del fields["bits_by_layer"]
+            data["rows"].append({**fields, "bits_per_value_by_layer": by_layer.get(row.method)})
         print(json.dumps(data, indent=1))
-        return 0
+        return
     print(
         f"{config.name}: {config.layers} layers, {config.kv_heads} KV heads of {config.head_dim}; "
         f"context {context:,}, batch {batch}\n"
@@ -101,35 +126,81 @@ def run(args: argparse.Namespace) -> int:
         if max(bits) > min(bits):
             print(f"{name}: from {min(bits):.3f} to {max(bits):.3f} bits/value, by layer")
     print(
-        f"\nbits/value: packed history with all side information; cache: with {layout.sink} sink "
-        f"and {layout.recent + layout.page} recent slots in bf16"
+        f"\nbits/value: packed history with all side information; cache: with {args.sink} sink "
+        f"and {args.recent + args.page} recent slots in bf16"
     )
-    return 0
 
 
-def layers_footprint(
-    config: ModelConfig, methods: Sequence[Method], *, context: int, batch: int
-) -> tuple[Footprint, list[float]]:
-    """As `footprint`, for one method per layer; also true bits per value of every layer, of which
-    the footprint has the mean."""
-    import jax
+def spread(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    methods: Iterable[tuple[str, Method | tuple[Method, ...]]],
+    context: int,
+) -> None:
+    """Prints the cheapest mesh for every method, and what it holds."""
+    import dataclasses
 
-    from kvjax.cache import cache_bytes, history_bits_per_value
-    from kvjax.evals.memory import Footprint, plain_bytes
-    from kvjax.generate.plan import init_caches, make_plan
+    from kvjax.evals.devices import get_device
+    from kvjax.evals.planner import LATENCY, USABLE, plan_layouts, why
 
-    plan = make_plan(config, methods)
-    caches = jax.eval_shape(lambda: init_caches(plan, batch=batch, capacity=context))
-    bits, growing = [0.0] * config.layers, 0.0
-    for method, cache, group in zip(plan.methods, caches, plan.groups, strict=True):
-        own = history_bits_per_value(method, cache)
-        for layer in group.layers:
-            bits[layer] = own
-        if group.window is None:
-            growing += 2 * len(group.layers) * config.kv_heads * config.head_dim * own / 8
-    total = sum(cache_bytes(cache) for cache in caches)
-    ratio, mean = total / plain_bytes(config, context, batch), sum(bits) / len(bits)
-    return Footprint(methods[0].name, mean, growing, total, ratio), bits
+    device, devices = get_device(args.device or DEFAULT_DEVICE), args.devices
+    positions = config.max_positions
+    stretched = dataclasses.replace(config, max_positions=max(positions, context))
+    plans = {
+        name: plan_layouts(stretched, m, device, devices, context=context, batch=args.batch)
+        for name, m in methods
+    }
+    if args.json:
+        data = {
+            "model": config.name,
+            "context": context,
+            "beyond_positions": context > positions,
+            "batch": args.batch,
+            "devices": devices,
+            "device": dataclasses.asdict(device),
+            "usable": USABLE,
+            "latency": LATENCY,
+            "time": "a roofline, not measured",
+            "methods": [
+                {
+                    "method": name,
+                    "why": why(rows),
+                    "layouts": [
+                        {**dataclasses.asdict(row), "fits": row.fits, "step": row.step}
+                        for row in rows
+                    ],
+                }
+                for name, rows in plans.items()
+            ],
+        }
+        print(json.dumps(data, indent=1))
+        return
+    print(
+        f"{config.name} on {devices} {device.kind}: context {context:,}, batch {args.batch}; room "
+        f"{USABLE * device.memory / 2**30:.1f} GiB each ({USABLE:.0%} of the memory)"
+    )
+    if context > positions:
+        print(f"beyond its {positions:,} positions: as if its rotary embedding had been stretched")
+    print(
+        f"\n{'':27s} {'data x heads':>15s} {'GiB per device':>17s} {'':4s} {'largest':>9s} "
+        f"{'largest':>13s} {'ms per':>8s}\n"
+        f"{'method':27s} {'x sequence':>15s} {'weights':>8s} {'cache':>8s} {'fits':4s} "
+        f"{'batch':>9s} {'context':>13s} {'step':>8s}  why"
+    )
+    for name, rows in plans.items():
+        row = rows[0]
+        longest = "any" if row.largest_context is None else f"{row.largest_context:,}"
+        print(
+            f"{name:27s} {row.mesh:>15s} {row.weights / 2**30:8.2f} {row.cache / 2**30:8.2f} "
+            f"{'yes' if row.fits else 'no':4s} {row.largest_batch:9,} {longest:>13s} "
+            f"{1e3 * row.step:8.3f}  {why(rows)}"
+        )
+    print(
+        "\nms per step, one token for every sequence: a roofline, not measured. Bytes read over "
+        f"{device.bandwidth / 1e12:.3g} TB/s, then a\nring per collective at "
+        f"{device.link / 1e9:.3g} GB/s ({device.network / 1e9:.3g} beyond {device.domain} "
+        f"devices) and {1e6 * LATENCY:.0f} us of latency, which is assumed."
+    )
 
 
 def read_calibration(folder: str, name: str | None) -> tuple[ModelConfig, Moments]:

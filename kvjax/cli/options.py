@@ -8,9 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvjax.core.errors import InputError
+from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
+
+if TYPE_CHECKING:
+    from kvjax.models.config import ModelConfig
+    from kvjax.policies.eviction import Eviction
 
 MODEL_HELP = "a name from `kvjax models list`, a Hugging Face folder, or a .gguf file"
 
@@ -30,6 +35,74 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", help="folder that `kvjax calibrate` wrote, for methods such as klt-2"
     )
+
+
+def add_policy(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which tokens stay; no option has a default, so that what is not given can be told."""
+    group = parser.add_argument_group("which tokens stay")
+    group.add_argument("--policy", help="what judges them, such as snapkv")
+    group.add_argument("--budget", type=int, help="tokens per KV head, windows included")
+    group.add_argument("--block", type=int, help="tokens between two evictions (256)")
+    group.add_argument(
+        "--compete", help="who shares the budget: head (each its own), layer or model (head)"
+    )
+    return group
+
+
+def eviction_of(
+    config: ModelConfig,
+    policy: str,
+    budget: int,
+    block: int,
+    compete: str,
+    *,
+    tokens: int,
+    layout: Layout,
+) -> Eviction:
+    """Policy and budget by name, as its paper has them.
+
+    PyramidKV shares out what is beyond the tokens that always stay in every layer, those of the
+    layout among them.
+
+    Args:
+      tokens: length of the history, or the most that it can get: PyramidKV's layers hold no more.
+    """
+    import dataclasses
+
+    import jax
+
+    from kvjax.core.rng import fold
+    from kvjax.models.config import layer_runs
+    from kvjax.policies.eviction import Eviction
+    from kvjax.policies.names import get, layer_budgets
+
+    rng = fold(jax.random.key(0), "policy") if policy == "random" else None
+    scorer = get(policy, rng=rng)
+    layers = sum(run.length for run in layer_runs(config) if run.window is None)
+    eviction = Eviction(
+        scorer,
+        positive("--budget", budget),
+        block=positive("--block", block),
+        compete=compete,  # type: ignore[arg-type]
+        recent=budget // 2 if policy == "h2o" else 0,
+    )
+    if policy == "pyramidkv":
+        sure = eviction.sink_of(layout) + eviction.recent_of(layout)
+        window: dict = {"window": sure}
+        scorer = dataclasses.replace(scorer, **window)
+    by_layer = layer_budgets(policy, budget, layers, tokens, scorer)
+    uneven = len(set(by_layer)) > 1
+    return dataclasses.replace(eviction, budget=by_layer) if uneven else eviction
+
+
+def check_policy(name: str) -> None:
+    """Raises `InputError` for a name that no policy has; nothing is loaded."""
+    from kvjax.policies.names import POLICIES
+
+    if name not in POLICIES:
+        raise InputError(
+            "--policy", got=repr(name), expected=known(POLICIES), fix="name one of them"
+        )
 
 
 def layout_of(args: argparse.Namespace) -> Layout:

@@ -17,7 +17,7 @@ from kvjax.calibrate.drift import drift_summary
 from kvjax.calibrate.moments import Moments
 from kvjax.calibrate.names import CALIBRATED, get_calibrated
 from kvjax.cli.main import main
-from kvjax.cli.memory import layers_footprint, read_config
+from kvjax.cli.memory import read_config
 from kvjax.evals.memory import footprint
 from kvjax.generate.plan import init_caches, make_plan
 from kvjax.methods import get
@@ -138,11 +138,10 @@ def test_memory_is_that_of_the_caches(place, capsys):
 
 def test_equal_layers_are_sized_as_one_method():
     config = load(TINY).config
-    method = dataclasses.replace(get("int4", config.head_dim), name="int4")
-    context = config.max_positions
-    alike, bits = layers_footprint(config, (method,) * config.layers, context=context, batch=3)
-    assert alike == footprint(config, "int4", context=context, batch=3)
-    assert bits == [alike.bits_per_value] * config.layers
+    method, context = get("int4", config.head_dim), config.max_positions
+    alike = footprint(config, (method,) * config.layers, context=context, batch=3)
+    assert alike == footprint(config, method, context=context, batch=3)
+    assert alike.bits_by_layer == (alike.bits_per_value,) * config.layers
 
 
 def test_other_models_and_weights_are_refused(place, capsys):
