@@ -108,7 +108,8 @@ def gpus_here() -> list[str]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name for name in visible.split(",") if name.strip()]
+        names = [name.strip() for name in visible.split(",")]
+        return [name for name in names if name and not name.startswith("-")]
     nodes = [p for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)]
     return [str(n) for n in range(len(nodes))]
 

@@ -77,16 +77,32 @@ def run_all(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
                 threading.Thread(target=wait, args=(workers[-1],), daemon=True).start()
             for _ in workers:
                 worker = ended.get()
-                if status := worker.process.returncode:
+                if worker.process.returncode:
+                    worker = _cause(worker, ended)
                     worker.reader.join(1.0)
-                    raise _died(worker, status, len(workers))
+                    raise _died(worker, len(workers))
         finally:
             _end(workers)
     for worker in workers:
         worker.reader.join(10.0)
 
 
-def _died(worker: Worker, status: int, count: int) -> InputError:
+def _cause(first: Worker, ended: queue.Queue[Worker]) -> Worker:
+    """Which death was not another's: a signal from outside, or else what came first.
+
+    Those who wait for a dead process raise or abort within milliseconds, and may be seen first.
+    """
+    time.sleep(0.2)
+    dead = [first]
+    with contextlib.suppress(queue.Empty):
+        while True:
+            dead.append(ended.get_nowait())
+    status = lambda worker: worker.process.returncode
+    return next((w for w in dead if status(w) < 0 and status(w) != -signal.SIGABRT), first)
+
+
+def _died(worker: Worker, count: int) -> InputError:
+    status = worker.process.returncode
     names = {int(known): known.name for known in signal.Signals}
     how = f"exit code {status}" + (f" ({names.get(-status, 'a signal')})" if status < 0 else "")
     line = f"and the last line {worker.last!r}" if worker.last else "and no line"
