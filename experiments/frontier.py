@@ -52,9 +52,6 @@ from frontier_cases import (
 from frontier_plot import frontier_png
 from frontier_tables import current, print_tables
 from ml_collections import ConfigDict, config_flags
-from tokenizers import Tokenizer as Backend
-from tokenizers import models as backends
-from tokenizers import pre_tokenizers
 
 import kvjax
 from kvjax.calibrate.artefact import FILE, Provenance, load_moments, save_moments
@@ -69,11 +66,10 @@ from kvjax.evals.compare import Settings, quality, scoring_block, sizes
 from kvjax.evals.fidelity import Scores
 from kvjax.evals.reference import Reference, reference_pass
 from kvjax.evals.stamp import make_stamp
-from kvjax.evals.text import model_windows
+from kvjax.evals.text import load_readable, model_windows
 from kvjax.generate.plan import check_finite, make_plan
 from kvjax.models.fingerprint import fingerprint
-from kvjax.models.load import Model, load
-from kvjax.models.tokenizer import Tokenizer
+from kvjax.models.load import Model
 
 _CONFIG = config_flags.DEFINE_config_file("config")
 _PLOT_ONLY = flags.DEFINE_bool("plot_only", False, "Measure nothing: redraw what is there.")
@@ -103,7 +99,7 @@ def main(argv: list[str]) -> None:
         use_compilation_cache()
     failures = []
     for name in config.models:
-        failures += Bench(load_model(name), texts, config, folder, stamp).run(cases)
+        failures += Bench(load_readable(name), texts, config, folder, stamp).run(cases)
     report(config, folder)
     print("".join(f"not measured: {failure}\n" for failure in failures), end="")
 
@@ -114,18 +110,6 @@ def report(config: ConfigDict, folder: Path) -> None:
     (folder / "tables.txt").write_text(print_tables(rows), encoding="utf-8")
     (folder / "frontier.png").write_bytes(frontier_png(rows, tuple(config.plot_methods)))
     print(f"wrote {folder / 'metrics.jsonl'}, tables.txt, frontier.png")
-
-
-def load_model(name: str) -> Model:
-    """A model; one without a tokenizer, as tests have, reads a token per letter."""
-    model = load(name)
-    if model.tokenizer is not None:
-        return model
-    letters = {"[UNK]": 0} | {chr(32 + i): i + 1 for i in range(model.config.vocab_size - 1)}
-    backend = Backend(backends.WordLevel(letters, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    config = dataclasses.replace(model.config, max_positions=4096)
-    return dataclasses.replace(model, config=config, tokenizer=Tokenizer(backend))
 
 
 class Bench:

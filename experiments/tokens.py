@@ -44,7 +44,7 @@ import numpy as np
 from absl import app, flags
 from frontier_cases import append_row, read_rows
 from ml_collections import ConfigDict, config_flags
-from tokens_cases import Case, Row, all_cases, depths_of, load_model, make_keep, settings_of
+from tokens_cases import Case, Row, all_cases, depths_of, make_keep, settings_of
 from tokens_plot import flat, pareto_png
 from tokens_tables import current, print_tables, summary
 
@@ -62,7 +62,7 @@ from kvjax.evals.reference import reference_pass
 from kvjax.evals.retrieval import run as run_retrieval
 from kvjax.evals.retrieval_runner import full_cache_runner
 from kvjax.evals.stamp import make_stamp
-from kvjax.evals.text import model_windows, read_text
+from kvjax.evals.text import load_readable, model_windows, read_text
 from kvjax.generate.plan import check_finite, make_plan
 from kvjax.models.fingerprint import fingerprint
 from kvjax.models.load import Model
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     stamp = make_stamp(seed=config.seed, command=command)
     if jax.config.jax_compilation_cache_dir is None:
         use_compilation_cache()
-    bench = Bench(load_model(config.model), config, stamp)
+    bench = Bench(load_readable(config.model), config, stamp)
     shown = {name: Path(config[name]).name for name in ("text", "calibration")}
     about = {part: bench.shared(part) for part in config.parts}
     write_json(folder / "config.json", config.to_dict() | shown | {"about": about})
@@ -181,7 +181,7 @@ class Bench:
         config, tokenizer = self.config, self.model.tokenizer
         assert case.task is not None  # as cases of this part have
         assert case.length is not None
-        assert tokenizer is not None  # see load_model
+        assert tokenizer is not None  # see load_readable
         keep = self.keep(case, case.length)
         options = {} if keep is None else {"with_question": config.with_question}
         make = full_cache_runner if keep is None else functools.partial(evicted_runner, keep=keep)

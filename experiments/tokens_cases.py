@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
-from tokenizers import Tokenizer as Backend
-from tokenizers import models as backends
-from tokenizers import pre_tokenizers
 
 from kvjax.calibrate.names import check_name
 from kvjax.core.errors import InputError, known
@@ -22,8 +19,6 @@ from kvjax.evals.haystack import Encoder
 from kvjax.evals.retrieval_tasks import DEPTHLESS, TASKS
 from kvjax.generate.evict import Keep, ProbePrompt
 from kvjax.models.config import ModelConfig, layer_runs
-from kvjax.models.load import Model, load
-from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies import Eviction, as_tokens, catalyst_prompt, get, pyramid
 from kvjax.policies.retain import Compete
 
@@ -37,18 +32,6 @@ SETTINGS = (
     *("layout", "seed", "text", "history", "continuation", "windows"),
     *("task", "length", "depths", "samples", "with_question"),
 )
-
-
-def load_model(name: str) -> Model:
-    """A model; one without a tokenizer, as tests have, reads a token per letter."""
-    model = load(name)
-    if model.tokenizer is not None:
-        return model
-    letters = {"[UNK]": 0} | {chr(32 + i): i + 1 for i in range(model.config.vocab_size - 1)}
-    backend = Backend(backends.WordLevel(letters, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    config = dataclasses.replace(model.config, max_positions=4096)
-    return dataclasses.replace(model, config=config, tokenizer=Tokenizer(backend))
 
 
 @dataclasses.dataclass(frozen=True)

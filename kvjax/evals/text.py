@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import re
 import sysconfig
@@ -13,8 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from kvjax.core.errors import InputError
-from kvjax.models.load import Model
+from kvjax.models.load import Model, load
 from kvjax.models.tokenizer import Tokenizer
+
+
+def load_readable(name: str) -> Model:
+    """`load`; a model without a tokenizer, as tests have, reads a token per letter and has room for
+    4096 of them."""
+    model = load(name)
+    if model.tokenizer is not None:
+        return model
+    config = dataclasses.replace(model.config, max_positions=4096)
+    letters = Tokenizer.of_letters(config.vocab_size)
+    return dataclasses.replace(model, config=config, tokenizer=letters)
 
 
 def read_text(path: str | None) -> tuple[str, str]:

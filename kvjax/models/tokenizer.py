@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import models as backends
+from tokenizers import pre_tokenizers
 
 from kvjax.core.errors import InputError
 from kvjax.models.gguf_config import eos_ids
@@ -74,6 +76,19 @@ class Tokenizer:
             eos_ids=eos_ids(file),
             chat_template=fields.get("tokenizer.chat_template"),
         )
+
+    @classmethod
+    def of_letters(cls, vocab_size: int) -> Tokenizer:
+        """A token per character from the space on, id 0 for all others: for models without one.
+
+        Example:
+          >>> Tokenizer.of_letters(96).encode("Ab")
+          [34, 67]
+        """
+        letters = {"[UNK]": 0} | {chr(32 + i): i + 1 for i in range(vocab_size - 1)}
+        backend = Backend(backends.WordLevel(letters, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        return cls(backend)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of `text`; special tokens in it count as such.
