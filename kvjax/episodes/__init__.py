@@ -8,6 +8,7 @@ from kvjax.episodes.grow import append, needs_reclustering, recluster
 from kvjax.episodes.index import EpisodeIndex, create, route
 from kvjax.episodes.prompt import patched_prompt
 from kvjax.episodes.segment import Segment, cut
+from kvjax.episodes.sensitivity import layer_similarity
 
 __all__ = [
     "Conversation",
@@ -21,6 +22,7 @@ __all__ = [
     "cut",
     "key_similarity",
     "layer_budgets",
+    "layer_similarity",
     "needs_reclustering",
     "patched_prompt",
     "read",
