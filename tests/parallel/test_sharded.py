@@ -1,6 +1,7 @@
 """The same model over the same cache on eight devices: data, heads, sequence, and all of them."""
 
 import dataclasses
+import os
 import re
 
 import jax
@@ -103,7 +104,7 @@ def test_recipes_on_all_axes(name, params):
     np.testing.assert_allclose(got, run(params, method)[0], atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("KVJAX_EVERY_RECIPE" not in os.environ, reason="KVJAX_EVERY_RECIPE: an hour")
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - set(FEW)))
 def test_every_recipe_on_every_mesh(name, params):
     try:
