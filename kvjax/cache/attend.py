@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from kvjax.attention.packed_kernel import attend_pages, backend
 from kvjax.attention.page_scan import Chunk, page_scan
 from kvjax.cache.kept import attend_kept
-from kvjax.cache.pages import overflow, page_slots, pages_here, read_chunk
+from kvjax.cache.pages import overflow, page_slots, pages_here, read_chunk, row_pages_here
 from kvjax.cache.shapes import check_shapes
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
@@ -55,6 +56,7 @@ def attend(
         position=position[:, None].repeat(q.shape[2], 1),
         boundary=boundary[:, None].repeat(q.shape[2], 1),
         exact=(cache.window_key[layer], cache.window_value[layer], cache.window_positions[layer]),
+        kernel=backend(method, group=q.shape[2]),
     )
     return out.astype(q.dtype)
 
@@ -68,6 +70,7 @@ def attend_rows(
     position: Array,
     boundary: Array,
     exact: tuple[Array, Array, Array],
+    kernel: str | None = None,
 ) -> Array:
     """Attention of any rows, each with its own position and its own view of what is packed.
 
@@ -76,13 +79,18 @@ def attend_rows(
       position, boundary: `[b, r]`; a row sees tokens up to its position, packed ones from the sink
         up to its boundary and exact ones elsewhere.
       exact: keys and values `[b, h, s, d]` and positions `[b, s]` (-1: no token).
+      kernel: what the fused kernel runs as, where all rows stand at one position that sees every
+        packed page; None is the page scan.
     """
     layout = method.layout
     k, v, at = exact
     at = at[:, None]  # [b, 1, s]
     unpacked = (at < layout.sink) | (at >= boundary[..., None])
     mask = unpacked & (at >= 0) & _in_reach(at, position[..., None], cache.window)  # [b, r, s]
-    packed = _packed(method, cache, q, layer, position, boundary)
+    if kernel is None:
+        packed = _packed(method, cache, q, layer, position, boundary)
+    else:
+        packed = _packed_kernel(method, cache, q, layer, position[:, 0], kernel)
     if cache.kept is not None:
         packed = packed.merge(attend_kept(method, cache.kept, q, layer, CHUNK_TOKENS))
     if cache.axis is not None:  # windows are on every device, pages on one
@@ -109,6 +117,21 @@ def _packed(method, cache, q, layer, position, boundary) -> Partial:
 
     chunks = -(-pages_here(cache, layer) // count)
     return page_scan(method.key, method.value, read, chunks, q, visible)
+
+
+def _packed_kernel(method, cache, q, layer, position, kernel: str) -> Partial:
+    return attend_pages(
+        method,
+        (cache.key_pages, cache.value_pages),
+        q,
+        method.layout.page * row_pages_here(cache, layer),
+        layer=layer,
+        backend=kernel,
+        table=None if cache.page_table is None else cache.page_table[layer],
+        starts=cache.page_starts,
+        position=position,
+        window=cache.window,
+    )
 
 
 def _in_reach(at: Array, row: Array, window: int | None) -> Array:

@@ -94,7 +94,12 @@ def page_slots(cache: Cache) -> int:
 
 def pages_here(cache: Cache, layer: Array | int) -> Array:
     """Page slots in use, of the longest sequence: all come before those that are not."""
-    packed = cache.packed[layer].max()
+    return row_pages_here(cache, layer).max()
+
+
+def row_pages_here(cache: Cache, layer: Array | int) -> Array:
+    """Page slots in use by each sequence, `[b]`."""
+    packed = cache.packed[layer]
     if cache.shards > 1:
         packed = (packed + cache.shards - 1 - jax.lax.axis_index(cache.axis)) // cache.shards
     return jnp.minimum(packed, page_slots(cache))

@@ -36,14 +36,14 @@ class Split(Codec):
         self.second.check(head_dim - self.count, page)
 
     def encode(self, x: Array, positions: Array | None = None) -> tuple[Code, Code]:
-        a, b = self._parts(x)
+        a, b = self.parts(x)
         return self.first.encode(a, positions), self.second.encode(b, positions)
 
     def decode(self, code: tuple[Code, Code]) -> Array:
-        return self._join(self.first.decode(code[0]), self.second.decode(code[1]))
+        return self.join(self.first.decode(code[0]), self.second.decode(code[1]))
 
     def prepare(self, q: Array) -> tuple[Prepared, Prepared]:
-        a, b = self._parts(q)
+        a, b = self.parts(q)
         return self.first.prepare(a), self.second.prepare(b)
 
     def logits(self, prepared: tuple[Prepared, Prepared], code: tuple[Code, Code]) -> Array:
@@ -54,12 +54,14 @@ class Split(Codec):
         return self.first.accumulate(p, code[0]), self.second.accumulate(p, code[1])
 
     def restore(self, acc: tuple[Acc, Acc]) -> Array:
-        return self._join(self.first.restore(acc[0]), self.second.restore(acc[1]))
+        return self.join(self.first.restore(acc[0]), self.second.restore(acc[1]))
 
-    def _parts(self, x: Array) -> tuple[Array, Array]:
+    def parts(self, x: Array) -> tuple[Array, Array]:
+        """The channels of `x: [..., d]`, those of `first` and the others."""
         return x[..., self.order[: self.count]], x[..., self.order[self.count :]]
 
-    def _join(self, a: Array, b: Array) -> Array:
+    def join(self, a: Array, b: Array) -> Array:
+        """The inverse of `parts`."""
         return jnp.concatenate([a, b], -1)[..., jnp.argsort(self.order)]
 
 

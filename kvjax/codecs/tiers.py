@@ -82,7 +82,7 @@ class Tiers(Codec):
         return Tiers(tuple(c.transpose_planes() for c in self.codecs), self.sizes)
 
     def encode(self, x: Array, positions: Array | None = None) -> tuple[Code, ...]:
-        parts = zip(self.codecs, self._parts(x), strict=True)
+        parts = zip(self.codecs, self.parts(x), strict=True)
         return tuple(codec.encode(part, positions) for codec, part in parts)
 
     def decode(self, code: tuple[Code, ...]) -> Array:
@@ -90,7 +90,7 @@ class Tiers(Codec):
         return jnp.concatenate([codec.decode(part) for codec, part in parts], -1)
 
     def prepare(self, q: Array) -> tuple[Prepared, ...]:
-        parts = zip(self.codecs, self._parts(q), strict=True)
+        parts = zip(self.codecs, self.parts(q), strict=True)
         return tuple(codec.prepare(part) for codec, part in parts)
 
     def logits(self, prepared: tuple[Prepared, ...], code: tuple[Code, ...]) -> Array:
@@ -104,6 +104,7 @@ class Tiers(Codec):
         parts = zip(self.codecs, acc, strict=True)
         return jnp.concatenate([codec.restore(part) for codec, part in parts], -1)
 
-    def _parts(self, x: Array) -> list[Array]:
+    def parts(self, x: Array) -> list[Array]:
+        """The channels of `x: [..., d]`, block by block."""
         stops = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes) - 1)]
         return jnp.split(x, stops, axis=-1)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 from kvjax.core.codec import Codec
+from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.pytree import pytree, static
+
+Attention = Literal["auto", "page_scan", "triton", "interpret"]
 
 
 @pytree
@@ -19,16 +23,33 @@ class Method:
       key, value: codecs for `[..., t, head_dim]` pages.
       layout: windows and page size.
       name: what tables call it.
+      attention: what reads the codes in a decode step: "auto" is a kernel on a GPU, where there is
+        one for these codecs, and the page scan of XLA elsewhere; "page_scan", "triton" and
+        "interpret" (the kernel on any device, slowly, for tests) insist.
     """
 
     key: Codec
     value: Codec
     layout: Layout = static(default=Layout())
     name: str = static(default="custom")
+    attention: Attention = static(default="auto")
+
+    def __post_init__(self):
+        if self.attention not in get_args(Attention):
+            raise InputError(
+                "attention",
+                got=repr(self.attention),
+                expected=known(get_args(Attention)),
+                fix="name one of them",
+            )
 
     def with_layout(self, layout: Layout) -> Method:
         """The same codecs in another layout."""
         return dataclasses.replace(self, layout=layout)
+
+    def with_attention(self, attention: Attention) -> Method:
+        """The same method, its codes read by that."""
+        return dataclasses.replace(self, attention=attention)
 
     def transpose_values(self) -> Method:
         """The same method with the words of values kept `[d, R]`, for kernels on a GPU; a CPU
