@@ -28,8 +28,9 @@ from pathlib import Path
 import jax
 from absl import app, flags
 from conversations_bench import Bench
-from conversations_cases import Case, made_up, parse_case, read_rows
+from conversations_cases import Case, made_up, parse_case
 from conversations_report import conversations_png, print_tables
+from frontier_cases import read_rows
 from ml_collections import ConfigDict, config_flags
 
 from kvjax.calibrate.names import check_name
@@ -43,8 +44,6 @@ from kvjax.evals.text import load_readable
 
 _CONFIG = config_flags.DEFINE_config_file("config")
 _PLOT_ONLY = flags.DEFINE_bool("plot_only", False, "Measure nothing: redraw what is there.")
-
-_ROUND = 64  # tokens: lengths of probes are rounded up to so many, so that they share a program
 
 
 def main(argv: list[str]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conversations_cases import Case, Row, append_row, read_rows, settings_of
+from conversations_cases import Case, Row, settings_of
 from conversations_session import Session
+from frontier_cases import append_row, read_rows
 from ml_collections import ConfigDict
 
 import kvjax

@@ -102,25 +102,6 @@ def settings_of(row: Row) -> str:
     return json.dumps({name: row.get(name) for name in SETTINGS}, sort_keys=True)
 
 
-def read_rows(path) -> list[Row]:
-    """The lines of metrics.jsonl; one that a killed run left half-written is no line."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def append_row(path, row: Row) -> None:
-    """One line more, on a line of its own whatever the file ends with."""
-    with path.open("a+b") as file:
-        if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-            file.write(b"\n")
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-
-
 def made_up(name: str, *, turns: int = 48, seed: int = 0) -> Conversation:
     """A conversation of two topics in turn, with a question on every eighth utterance."""
     rng = np.random.default_rng(seed)

@@ -7,10 +7,9 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from conversations_cases import ALL, EPISODES, KNOWN, parse_case
+from conversations_cases import ALL, EPISODES, KNOWN, SETTINGS, Row, parse_case
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
@@ -21,11 +20,10 @@ from rich.text import Text
 from kvjax.evals.conversations import mean_and_error, ratio_and_error
 from kvjax.evals.table import fixed, small
 
-Row = dict[str, Any]
-
 # The settings that rows of one table agree in.
-SHARED = ("kvjax", "model", "weights", "data", "limit", "budget", "block", "layout", "episodes",
-          "embedder", "seed")  # fmt: skip
+SHARED = tuple(
+    name for name in SETTINGS if name not in ("case", "method", "calibration", "conversation")
+)
 # Ways to route that no question could take.
 BOUNDS = {
     "oracle": "knows the evidence",

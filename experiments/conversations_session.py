@@ -14,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from conversations_cases import EPISODES, KNOWN, Case, Row, eviction_of
 
-import kvjax
 from kvjax.cache import Cache
-from kvjax.core.rng import fold
-from kvjax.episodes import Conversation, EpisodeIndex, create, cut, patched_prompt
+from kvjax.episodes import Conversation, EpisodeIndex, cut, patched_prompt
 from kvjax.episodes.embed import embed
+from kvjax.episodes.memory import make_index
 from kvjax.evals.conversation_caches import (
     evidence_inside,
     exact_caches,
-    exact_layout,
+    exact_plan,
     full_bytes,
     judge,
     read_whole,
@@ -33,7 +32,7 @@ from kvjax.evals.conversation_caches import (
 from kvjax.evals.conversations import Answered, Talk, answer, compare, prefix, talk
 from kvjax.evals.evicted import repeat_probe
 from kvjax.generate.evict import ProbePrompt, full_layers, pack_all, start_working, take_history
-from kvjax.generate.plan import Plan, check_finite, make_plan
+from kvjax.generate.plan import Plan, check_finite
 from kvjax.policies import Eviction
 from kvjax.policies.probe import repeat_prompt
 
@@ -75,7 +74,7 @@ class Session:
         self.room = -(-self.talk.room // page) * page
         self.questions = range(len(self.talk.questions))
         self.index = functools.lru_cache(self.make_index)
-        self.whole: dict[int, tuple[Any, ...]] = {}  # by slots of the working sets
+        self.whole: dict[tuple[int, int], tuple[Any, ...]] = {}  # by slots and plan
         print(
             f"{conversation.name}: {len(beginning.utterances)} utterances, "
             f"{len(self.talk.history)} tokens, {len(self.questions)} questions",
@@ -86,8 +85,7 @@ class Session:
     def exact(self) -> np.ndarray:
         """Hidden states at the answers, from a float32 cache that packs nothing."""
         config, history = self.bench.model.config, self.talk.history
-        layout = exact_layout(len(history) + self.room, self.config.layout[2])
-        plan = make_plan(config, kvjax.methods.get("bf16", config.head_dim, layout=layout))
+        plan = exact_plan(config, len(history) + self.room, page=self.config.layout[2])
         caches = exact_caches(plan, self.params, history, room=self.room, dtype=jnp.float32)
         return self.ask(plan, caches, [(i, 0) for i in self.questions]).hidden
 
@@ -109,7 +107,7 @@ class Session:
                 if len(plan.groups) > 1 or plan.groups[0].window is not None:
                     left = self.read(case, plan)  # its layers are read in codes of their own
                 caches = pack_all(plan, left.eviction, left.sets, room=self.room)
-                active, total = state_bytes(plan, left.eviction, caches)
+                active, total = state_bytes(caches)
                 total = active if case.kind == KNOWN else total
                 sizes = {"active_bytes": active, "total_bytes": total, "peak_bytes": left.peak}
                 seconds = left.seconds
@@ -189,11 +187,11 @@ class Session:
 
     def judged(self, plan: Plan, eviction: Eviction, prompts) -> tuple[tuple[Any, ...], int]:
         """Working sets, a sequence per prompt, of a history that was read whole."""
-        slots = eviction.slots
-        if slots not in self.whole:
+        key = eviction.slots, id(plan)  # layers with a sliding window are read in a plan's codes
+        if key not in self.whole:
             whole = read_whole(plan, self.params, eviction, self.talk.history)
-            self.whole = {slots: whole}  # one at a time: it holds every token
-        whole = self.whole[slots]
+            self.whole = {key: whole}  # one at a time: it holds every token
+        whole = self.whole[key]
         longest = _rounded(max(map(len, prompts)))
         parts = [
             judge(plan, self.params, eviction, whole, prompt, longest=longest) for prompt in prompts
@@ -216,17 +214,13 @@ class Session:
         return []
 
     def make_index(self, medoids: int, smooth: float) -> EpisodeIndex:
-        """As `episodes.memory.build` makes it."""
-        utterances = self.talk.conversation.utterances
-        embedder = self.bench.embedder()
-        vectors = embed(embedder, [segment.text for segment in cut(utterances)])
-        return create(
-            vectors,
-            self.config.episodes,
-            rng=fold(jax.random.key(self.config.seed), "memory"),
+        return make_index(
+            self.bench.embedder(),
+            self.talk.conversation,
+            episodes=self.config.episodes,
             medoids=medoids,
             smooth=smooth,
-            utterances=embed(embedder, [u.text or "." for u in utterances]),
+            seed=self.config.seed,
         )
 
     def queries(self) -> np.ndarray:

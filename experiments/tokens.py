@@ -44,13 +44,13 @@ import numpy as np
 from absl import app, flags
 from frontier_cases import append_row, read_rows
 from ml_collections import ConfigDict, config_flags
-from tokens_cases import Case, Row, all_cases, depths_of, make_keep, settings_of
+from tokens_cases import Case, Row, all_cases, make_keep, own_settings, settings_of
 from tokens_plot import flat, pareto_png
 from tokens_tables import current, print_tables, summary
 
 import kvjax
 from kvjax.calibrate.artefact import load_moments
-from kvjax.calibrate.names import CALIBRATED, TUNED, get_for_model
+from kvjax.calibrate.names import get_for_model
 from kvjax.cli.compare import write_json
 from kvjax.cli.options import use_compilation_cache
 from kvjax.core.errors import InputError
@@ -205,27 +205,22 @@ class Bench:
 
     def settings(self, case: Case) -> Row:
         """What decides the numbers of a case, as a line has it."""
-        calibrated = case.method in CALIBRATED or case.method.startswith(TUNED)
-        reads = case.part == "fidelity" or (
-            self.config.text_as_filler and case.task != "key_value"
-        )  # a list of pairs is its own filler
-        return {
-            **dataclasses.asdict(case),
-            **self.shared(case.part),
-            "calibration": self.calibration if calibrated else None,
-            "text": self.source if reads else None,
-            "depths": depths_of(case, self.config),
-        }
+        shared = own_settings(self.shared(case.part), case.method, case.task)
+        return dataclasses.asdict(case) | shared
 
     def shared(self, part: str) -> Row:
-        """What decides the numbers of all cases of a part alike."""
+        """What decides the numbers of all cases of a part alike, but for `own_settings`."""
         config = self.config
         own = {
             "fidelity": {
                 "text": self.source,
                 **{name: config[name] for name in ("history", "continuation", "windows")},
             },
-            "retrieval": {name: config[name] for name in ("samples", "with_question")},
+            "retrieval": {
+                "text": self.source if config.text_as_filler else None,
+                "depths": list(config.depths),
+                **{name: config[name] for name in ("samples", "with_question")},
+            },
         }
         return {
             "kvjax": kvjax.__version__,
@@ -235,6 +230,7 @@ class Bench:
             "block": config.block,
             "layout": list(config.layout),
             "seed": config.seed,
+            "calibration": self.calibration,
             **own[part],
         }
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 
-from kvjax.calibrate.names import check_name
+from kvjax.calibrate.names import CALIBRATED, TUNED, check_name
 from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.rng import fold
@@ -25,6 +25,8 @@ from kvjax.policies.retain import Compete
 Row = dict[str, Any]
 
 ALL = "all"  # the policy that keeps every token
+
+OWN_FILLER = ("key_value", "key_value_uuid", *DEPTHLESS)  # tasks that read no text
 
 # Of a line: what decides its numbers. With the part it tells which lines a rerun may skip.
 SETTINGS = (
@@ -146,8 +148,12 @@ def _retrieval(config: Any) -> Iterator[Case]:
                 yield Case("retrieval", method, policy, budget, task=task, length=length)
 
 
-def depths_of(case: Case, config: Any) -> list[float] | None:
-    return None if case.task is None or case.task in DEPTHLESS else list(config.depths)
+def own_settings(shared: Row, method: str, task: str | None) -> Row:
+    """What all cases of a part share, less what those of a method and task have no part in."""
+    calibrated = method in CALIBRATED or method.startswith(TUNED)
+    unused = {"calibration": not calibrated}
+    unused |= {"text": task in OWN_FILLER, "depths": task in DEPTHLESS}
+    return shared | {name: None for name in unused if unused[name]}
 
 
 def make_keep(

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from tokens_cases import settings_of
+from tokens_cases import own_settings, settings_of
 
 from kvjax.evals.table import DASH, fixed, small
 
@@ -29,8 +29,10 @@ def current(rows: Sequence[Row], about: Mapping[str, Row]) -> list[Row]:
     and length; of two with all settings alike, the last."""
     found = {}
     for row in rows:
-        wanted = about.get(row["part"])
-        if wanted is not None and all(row.get(name) == value for name, value in wanted.items()):
+        if row["part"] not in about:
+            continue
+        wanted = own_settings(about[row["part"]], row["method"], row.get("task"))
+        if all(row.get(name) == value for name, value in wanted.items()):
             found[settings_of(row)] = row
     return list(found.values())
 

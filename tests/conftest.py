@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Before jax is imported: eight simulated devices for the tests of sharding, the CPU by default.
+# Before jax is imported: eight simulated devices for the tests of sharding, the CPU by default, and
+# compilers that hurry, since tests compile far longer than they run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+os.environ["XLA_FLAGS"] = " ".join(  # of two values of one flag the last counts: the user's
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+).strip()
 
 # Two workers share the cores: a rotation's QR by threads that wait for each other takes 0.7 s
 # instead of 1 ms.
@@ -31,6 +35,33 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # The same examples on every run, and no deadline: the first example of a shape compiles.
 settings.register_profile("kvjax", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("kvjax")
+
+
+class FreePrograms:
+    """Now and then, forgets compiled programs before their memory maps reach the system's limit.
+
+    Linux gives a process 65,530 maps, and a compiled program takes several: beyond them XLA
+    crashes, in whichever test comes next.
+    """
+
+    most, every = 30_000, 40
+
+    def __init__(self):
+        self.tests = 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self):
+        self.tests += 1
+        maps = Path("/proc/self/maps")
+        if self.tests % self.every or not maps.exists():
+            return
+        if maps.read_bytes().count(b"\n") > self.most:
+            jax.clear_caches()
+
+
+def pytest_configure(config):
+    """For doctests too, which lie outside this folder: so a plugin, not a fixture."""
+    config.pluginmanager.register(FreePrograms())
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
@@ -22,6 +23,8 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
 
     Args:
       source, target: indices on the batch axis; what `target` held is forgotten.
+    Raises:
+      InputError: outside jit, indices that it has not.
 
     Example:
       >>> import jax, kvjax
@@ -34,6 +37,7 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
       >>> int(fork(cache, 0, 1).length[0, 1])
       40
     """
+    _check_rows(cache, source, target)
     copy = lambda a: a.at[:, target].set(a[:, source])
     if cache.kept is not None:
         return put(cache, jnp.atleast_1d(target), take(cache, jnp.atleast_1d(source)))
@@ -67,7 +71,7 @@ def take(cache: Cache, rows: Array) -> Cache:
     Args:
       rows: `[n]` int32, indices on the batch axis; one may come twice.
     Raises:
-      InputError: a cache whose new pages come from a pool.
+      InputError: a cache whose new pages come from a pool; outside jit, rows that it has not.
 
     Example:
       >>> import kvjax
@@ -77,12 +81,18 @@ def take(cache: Cache, rows: Array) -> Cache:
       (1, 2)
     """
     _check_contiguous(cache)
+    _check_rows(cache, rows)
     return _by_sequence(cache, lambda a: a[:, rows])
 
 
 def put(cache: Cache, rows: Array, part: Cache) -> Cache:
-    """`cache` with sequences `rows` as in `part`, which was taken from it (and may have grown)."""
+    """`cache` with sequences `rows` as in `part`, which was taken from it (and may have grown).
+
+    Raises:
+      InputError: as `take`.
+    """
     _check_contiguous(cache)
+    _check_rows(cache, rows)
     return _by_sequence(cache, lambda a, new: a.at[:, rows].set(new), part)
 
 
@@ -99,6 +109,22 @@ def _by_sequence(cache: Cache, change, *others: Cache) -> Cache:
         for name in fields
     }
     return dataclasses.replace(changed, kept=dataclasses.replace(kept, **new))
+
+
+def _check_rows(cache: Cache, *rows: Array | int) -> None:
+    """Where rows are known, outside jit: jax would take the nearest one, and put nothing."""
+    batch = cache.length.shape[1]
+    for index in rows:
+        if isinstance(index, jax.core.Tracer):
+            continue
+        known = np.asarray(index)
+        if known.size and not -batch <= known.min() <= known.max() < batch:
+            raise InputError(
+                "rows",
+                got=known.tolist(),
+                expected=f"sequences 0 to {batch - 1}",
+                fix="take indices on the batch axis of this cache",
+            )
 
 
 def _check_contiguous(cache: Cache) -> None:

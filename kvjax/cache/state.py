@@ -89,7 +89,8 @@ def init(
       dtype: of the exact sink and recent window.
       shards, axis: devices that pages are dealt to, and their mesh axis; see `kvjax.parallel`.
     Raises:
-      InputError: head_dim or page that the method does not take; capacity or window under 1.
+      InputError: head_dim or page that the method does not take; capacity, window or shards under
+        1; more than one shard without an axis, or with a pool.
 
     Example:
       >>> import kvjax
@@ -103,6 +104,13 @@ def init(
         raise InputError("capacity", got=capacity, expected="1 or more", fix="raise it")
     if window is not None and window < 1:
         raise InputError("window", got=window, expected="1 or more", fix="None sees all")
+    if shards < 1 or (shards > 1 and axis is None):
+        raise InputError(
+            "shards",
+            got=f"{shards}, axis {axis}",
+            expected="1 or more, and a mesh axis for more than one",
+            fix="leave both out, or use sharding rules",
+        )
     layout = method.layout
     slots = layout.sink + layout.ring
     n = -(-layout.page_slots(capacity, window) // shards) * shards

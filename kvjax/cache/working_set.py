@@ -11,6 +11,7 @@ import numpy as np
 
 from kvjax.cache.kept import Exact
 from kvjax.core.codec import Array
+from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.partial import dense_partial
 from kvjax.core.pytree import pytree, static
@@ -94,14 +95,24 @@ def take_in(
 
     Args:
       q: `[b, t, h, g, d]`. k, v: `[b, t, h, d]`, keys after RoPE; t is at most `block`.
-      count: `[b]` int32, how many of the t tokens are real (they come first).
+      count: `[b]` int32, how many of the t tokens are real (they come first). A sequence that has
+        none keeps its last verdict.
       frequencies: `[d / 2]`, radians per position of each rotated pair.
       probe: the block only judges: its tokens see themselves and all that is there, the policy
         scores by its queries, and nothing is added. As long as you like.
     Returns:
       Outputs `[b, t, h, g, d]` and the working set; call `evict` before the next block.
+    Raises:
+      InputError: more tokens than there are free slots.
     """
     b, t, h, g, d = q.shape
+    if t > tokens.block and not probe:
+        raise InputError(
+            "block",
+            got=f"{t} tokens",
+            expected=f"at most {tokens.block}, the free slots of the working set",
+            fix="use smaller blocks, or `with_block`",
+        )
     scale = d**-0.5 if scale is None else scale
     count = jnp.full((b,), t, jnp.int32) if count is None else count
     before = tokens.length[layer]
@@ -155,7 +166,9 @@ def take_in(
         )
         mass, memory = policy.observe(seen)
         seen = dataclasses.replace(seen, mass=mass, memory=memory)
-        changes |= {"mass": mass, "memory": memory, "score": policy.score(seen)}
+        judged = (count > 0)[:, None, None]
+        score = jnp.where(judged, policy.score(seen), tokens.score[layer])
+        changes |= {"mass": mass, "memory": memory, "score": score}
     write = lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new.astype(a.dtype), layer, 0)
     changes = {
         name: jax.tree.map(write, getattr(tokens, name), new) for name, new in changes.items()
@@ -177,7 +190,7 @@ def evict(
     budgets = jnp.broadcast_to(jnp.asarray(eviction.budgets, jnp.int32), length.shape[:1])
     sure = always_kept(eviction, layout, positions, length)
     if eviction.merge == "runs":
-        return _each(lambda one, sure: _merge(eviction, one, sure), sets, sure)
+        return _each(_merge, sets, sure)
     stays = keep(
         join("score"),
         positions >= 0,
@@ -188,7 +201,9 @@ def evict(
         most=eviction.slots,
     )
     if eviction.merge == "values":
-        sets = _each(lambda one, stays: _hand_on(eviction, one, stays), sets, stays)
+        assert eviction.rng is not None
+        keys = (fold(eviction.rng, "values", number) for number in range(len(sets)))
+        sets = _each(lambda one, stays: _hand_on(next(keys), one, stays), sets, stays)
     single = sets[0].block == 1 and eviction.compete == "head"
     return _each(_replace if single else _compact, sets, stays)
 
@@ -262,7 +277,7 @@ def _compact(tokens: WorkingSet, stays: Array) -> WorkingSet:
     return jax.lax.fori_loop(0, tokens.length.shape[0], one, tokens)
 
 
-def _merge(eviction: Eviction, tokens: WorkingSet, sure: Array) -> WorkingSet:
+def _merge(tokens: WorkingSet, sure: Array) -> WorkingSet:
     """All tokens as `budget` runs of neighbours."""
     room = tokens.positions.shape[-1] - tokens.block
 
@@ -289,19 +304,18 @@ def _merge(eviction: Eviction, tokens: WorkingSet, sure: Array) -> WorkingSet:
     return jax.lax.fori_loop(0, tokens.length.shape[0], one, tokens)
 
 
-def _hand_on(eviction: Eviction, tokens: WorkingSet, stays: Array) -> WorkingSet:
+def _hand_on(rng: Array, tokens: WorkingSet, stays: Array) -> WorkingSet:
     """Values of tokens that leave, added to those that stay."""
-    assert eviction.rng is not None
-    key = eviction.rng
 
     def one(layer, tokens):
-        rng = fold(key, layer, tokens.length[layer].max())
+        # The sum: it grows with every block, also when the longest sequence has ended.
+        fed = tokens.length[layer].sum()
         value = merge_values(
             widen(tokens.value[layer]),
             tokens.positions[layer],
             stays[layer],
             tokens.mass[layer],
-            rng=rng,
+            rng=fold(rng, layer, fed),
         )
         new = tokens.value.at[layer].set(narrow_like(value, tokens.value))
         return dataclasses.replace(tokens, value=new)

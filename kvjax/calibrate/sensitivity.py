@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,43 @@ def measure_sensitivity(
 def _window(params: Params, config: ModelConfig, layout: Layout, tokens: Array, known, rng: Array):
     """`{key_fisher, value_fisher}`, `[l, h, d, d]`, of one window."""
     t, h, d = tokens.shape[0], config.kv_heads, config.head_dim
+
+    def squared_lengths(run, k, v, known):
+        key_metric, key_mean, value_size = known
+        cos, sin = rope_angles(run, d, jnp.arange(t))  # [t, d/2]
+        rest = k - apply_rope(jnp.broadcast_to(key_mean, (t, h, d)), cos[:, None], sin[:, None])
+        key_length = jnp.einsum("thd,hde,the->th", rest, key_metric, rest)
+        return jnp.stack([key_length, (v**2).sum(-1) / value_size])  # [2, t, h]
+
+    gradients, lengths = error_gradients(
+        params, config, layout, tokens, rng, squared_lengths, known
+    )
+    gram = functools.partial(jnp.einsum, "lth,lthd,lthe->lhde", precision="highest")
+    key, value = (gram(lengths[:, i] / t, g, g) for i, g in enumerate(gradients))
+    return {"key_fisher": key, "value_fisher": value}
+
+
+def error_gradients(
+    params: Params,
+    config: ModelConfig,
+    layout: Layout,
+    tokens: Array,
+    rng: Array,
+    record: Callable[..., Array],
+    known: Any = None,
+) -> tuple[tuple[Array, Array], Array]:
+    """How the log-likelihood of drawn labels moves with errors of packed keys and values.
+
+    Args:
+      layout: errors count for queries that read a token packed: those `recent` or more after it,
+        and sinks never.
+      tokens: `[t]`, t a multiple of `PREDICTIONS`.
+      record: `(run, k, v, known)`, with k and v `[t, h, d]` float32 of a layer, k after RoPE, to
+        what is kept of it; `known` is its slice of arrays that lead with `[l]`.
+    Returns:
+      Gradients of keys and values, `[l, t, h, d]` each, and what was recorded, `[l, ...]`.
+    """
+    t, h, d = tokens.shape[0], config.kv_heads, config.head_dim
     runs = layer_runs(config)
     positions = jnp.arange(t)
     distance = positions[:, None] - positions
@@ -102,29 +140,26 @@ def _window(params: Params, config: ModelConfig, layout: Layout, tokens: Array, 
         return out + jnp.einsum("hgst,thd->shgd", p * packed, v_error)
 
     def attend(run, layer, cache, q, k, v, extra):
-        errors, key_metric, key_mean, value_size = extra
+        errors, own = extra
         wide = [a[0].astype(jnp.float32) for a in (q, k, v)]
-        cos, sin = rope_angles(runs[run], d, positions)  # [t, d/2]
-        mean = apply_rope(jnp.broadcast_to(key_mean, (t, h, d)), cos[:, None], sin[:, None])
-        rest = wide[1] - mean
-        key_length = jnp.einsum("thd,hde,the->th", rest, key_metric, rest)
-        lengths = jnp.stack([key_length, (wide[2] ** 2).sum(-1) / value_size])  # [2, t, h]
-        cache = cache.at[layer].set(jax.lax.stop_gradient(lengths))
+        kept = record(runs[run], *wide[1:], own)
+        cache = cache.at[layer].set(jax.lax.stop_gradient(kept))
         return attention(runs[run].window, *wide, *errors)[None], cache
 
+    vector = jax.ShapeDtypeStruct((t, h, d), jnp.float32)
+    first = jax.tree.map(lambda a: a[0], known)
+    kept = jax.eval_shape(functools.partial(record, runs[0]), vector, vector, first)
+
     def log_likelihood(errors):
-        xs = [jax.tree.map(lambda a, r=r: a[r.start : r.stop], (errors, *known)) for r in runs]
-        blank = [jnp.zeros((run.length, 2, t, h)) for run in runs]
-        hidden, lengths, _ = decode_layers(
+        xs = [jax.tree.map(lambda a, r=r: a[r.start : r.stop], (errors, known)) for r in runs]
+        blank = [jnp.zeros((run.length, *kept.shape)) for run in runs]
+        hidden, recorded, _ = decode_layers(
             params, config, tokens[None], positions[None], attend, blank, xs=xs
         )
-        return drawn_log_likelihood(params, config, hidden[0], rng), jnp.concatenate(lengths)
+        return drawn_log_likelihood(params, config, hidden[0], rng), jnp.concatenate(recorded)
 
     nothing = jnp.zeros((config.layers, t, h, d))
-    gradients, lengths = jax.grad(log_likelihood, has_aux=True)((nothing, nothing))
-    gram = functools.partial(jnp.einsum, "lth,lthd,lthe->lhde", precision="highest")
-    key, value = (gram(lengths[:, i] / t, g, g) for i, g in enumerate(gradients))
-    return {"key_fisher": key, "value_fisher": value}
+    return jax.grad(log_likelihood, has_aux=True)((nothing, nothing))
 
 
 def drawn_log_likelihood(params: Params, config: ModelConfig, hidden: Array, rng: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kvjax.calibrate.hybrid import key_cost
+from kvjax.calibrate.hybrid import key_cost, key_covariance
 from kvjax.calibrate.klt import LLOYD_MAX_ERROR, TRELLIS_ERROR, metric_klt
 from kvjax.calibrate.moments import Moments
 from kvjax.calibrate.tune_sample import Sample
@@ -125,7 +125,7 @@ def tune_keys(
 def closed_form(methods: tuple[Method, ...], moments: Moments) -> list[Layer]:
     """What `klt` made of the moments, taken apart for tuning."""
     cost = key_cost(moments, "predictions")
-    plain = metric_klt(cost, moments.key_cov_pre)
+    plain = metric_klt(cost, key_covariance(moments, "rotary"))
     single = lambda a: jnp.asarray(a, jnp.float32)
     layers = []
     for i, method in enumerate(methods):

@@ -12,14 +12,13 @@ import numpy as np
 
 from kvjax.calibrate.hybrid import key_cost
 from kvjax.calibrate.moments import Moments, check_windows
-from kvjax.calibrate.sensitivity import PREDICTIONS, drawn_log_likelihood
+from kvjax.calibrate.sensitivity import PREDICTIONS, error_gradients
 from kvjax.codecs.rotary_mean import turn
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.rng import fold
-from kvjax.models.causal import masked_softmax
-from kvjax.models.config import ModelConfig, layer_runs
-from kvjax.models.decoder import Params, decode_layers
+from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Params
 
 Array = jax.Array
 
@@ -110,35 +109,7 @@ def _inverses(moments: Moments) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _window(params: Params, config: ModelConfig, layout: Layout, tokens: Array, rng: Array):
-    """Keys after RoPE and the gradients of the log-likelihood of drawn labels, `[l, h, t, d]`.
-
-    Errors count for queries that read a token packed, those `recent` or more after it.
-    """
-    t, h, d = tokens.shape[0], config.kv_heads, config.head_dim
-    runs = layer_runs(config)
-    positions = jnp.arange(t)
-    distance = positions[:, None] - positions
-
-    @functools.partial(jax.checkpoint, static_argnums=0)
-    def attention(window, q, k, v, error):
-        seen = (distance >= 0) & (distance < window if window else True)
-        packed = (distance >= layout.recent) & (positions >= layout.sink)  # [t, t]
-        scores = jnp.einsum("shgd,thd->hgst", q, k)
-        scores += packed * jnp.einsum("shgd,htd->hgst", q, error)
-        return jnp.einsum("hgst,thd->shgd", masked_softmax(scores, seen), v)
-
-    def attend(run, layer, cache, q, k, v, error):
-        wide = [a[0].astype(jnp.float32) for a in (q, k, v)]
-        cache = cache.at[layer].set(jax.lax.stop_gradient(wide[1].swapaxes(0, 1)))
-        return attention(runs[run].window, *wide, error)[None], cache
-
-    def log_likelihood(errors):
-        xs = [errors[run.start : run.stop] for run in runs]
-        blank = [jnp.zeros((run.length, h, t, d)) for run in runs]
-        hidden, keys, _ = decode_layers(
-            params, config, tokens[None], positions[None], attend, blank, xs=xs
-        )
-        return drawn_log_likelihood(params, config, hidden[0], rng), jnp.concatenate(keys)
-
-    gradients, keys = jax.grad(log_likelihood, has_aux=True)(jnp.zeros((config.layers, h, t, d)))
-    return keys, gradients
+    """Keys after RoPE and the gradients of the log-likelihood of drawn labels, `[l, h, t, d]`."""
+    keys_of = lambda run, k, v, known: k
+    (gradients, _), keys = error_gradients(params, config, layout, tokens, rng, keys_of)
+    return keys.swapaxes(1, 2), gradients.swapaxes(1, 2)

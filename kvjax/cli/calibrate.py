@@ -20,13 +20,8 @@ def add(subparsers) -> None:
         "moments.orbax), which `kvjax compare --calibration OUT` takes. Never calibrate on the "
         "text you test on.",
     )
-    parser.add_argument(
-        "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
-    )
-    parser.add_argument(
-        "--text", help="a UTF-8 text file (default: docstrings of Python's standard library)"
-    )
-    parser.add_argument("--tokens", type=int, default=8192, help="to look at (%(default)s)")
+    options.add_model(parser)
+    options.add_sample(parser, tokens=8192)
     parser.add_argument("--context", type=int, default=2048, help="tokens per window (%(default)s)")
     parser.add_argument(
         "--gradients",
@@ -65,14 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.models.load import load
 
     context = options.positive("--context", args.context)
-    windows = options.positive("--tokens", args.tokens) // context
-    if windows < 1:
-        raise InputError(
-            "--tokens",
-            got=args.tokens,
-            expected=f"at least one window of {context}",
-            fix="raise it, or lower --context",
-        )
+    windows = options.whole_windows(args.tokens, context, "raise it, or lower --context")
     name, text = read_text(args.text) if args.text else read_docstrings()
     options.use_compilation_cache()
     drawn = args.gradients // GRADIENT_CONTEXT if args.gradients else 0

@@ -1,4 +1,7 @@
-"""`kvjax chat`: a conversation of any length over a memory of fixed size, kept on disk."""
+"""`kvjax chat`: a conversation over a memory of fixed size, kept on disk.
+
+It can get as long as the model has positions: beyond them nothing can be read again.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,9 @@ def add(subparsers) -> None:
         help="talk to a model that keeps a long conversation in a budget, on disk",
         description="Reads a line, answers it, and remembers both. All that was said is kept in "
         "words; the caches hold a budget of it for each episode, and a turn goes through the cache "
-        "of the episode that it fits. An empty folder begins a conversation; a memory of chat or "
-        "of `kvjax episodes build` goes on, with the settings that it was made with. "
+        "of the episode that it fits. It can get as long as the model has positions. An empty "
+        "folder begins a conversation; a memory of chat or of `kvjax episodes build` goes on, with "
+        "the settings that it was made with. "
         "Commands: " + "; ".join(f"{name}: {what}" for name, what in COMMANDS.items()) + ".",
     )
     parser.add_argument("--memory", required=True, metavar="DIR", help="folder of the memory")
@@ -76,14 +80,14 @@ def _talk(args: argparse.Namespace, talk: Session, save) -> int:
             words = line.strip()
             if not words:
                 continue
-            if words.startswith("/"):
-                if words == "/quit":
-                    break
-                unsaved += _command(words, talk)
-                continue
+            if words == "/quit":
+                break
             said = len(talk.memory.conversation.utterances)
             rng = fold(jax.random.key(args.seed), "turn", said)
             try:
+                if words.startswith("/"):
+                    unsaved += _command(words, talk)
+                    continue
                 answer = talk.answer(
                     words,
                     max_new=args.max_new,

@@ -25,9 +25,7 @@ def add(subparsers) -> None:
         description="Feeds text through the model with each method's real packed cache, and writes "
         "OUT/metrics.json, OUT/report.html and OUT/pareto.png.",
     )
-    parser.add_argument(
-        "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
-    )
+    options.add_model(parser)
     parser.add_argument(
         "--methods",
         default=DEFAULT_METHODS,
@@ -61,22 +59,20 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.evals.report import write_report
     from kvjax.evals.stamp import make_stamp
     from kvjax.evals.table import print_table
-    from kvjax.evals.text import read_text
+    from kvjax.evals.text import read_text, same_text
     from kvjax.models.load import load
 
     layout = options.layout_of(args)
-    names = options.names(args.methods)
-    if not names:
-        raise InputError(
-            "--methods", got="no names", expected="at least one", fix="leave it out for all"
-        )
+    names = options.method_names(args.methods)
+    if args.rounds < 0:
+        raise InputError("--rounds", got=args.rounds, expected="0 or more", fix="0 skips speed")
     settings = Settings(
         methods=names,
         context=options.positive("--context", args.context),
         windows=options.positive("--windows", args.windows),
         layout=layout,
         seed=args.seed,
-        rounds=max(0, args.rounds),
+        rounds=args.rounds,
         sample_method=args.samples,
     )
     for name in [*names, *([args.samples] if args.samples else [])]:
@@ -90,13 +86,15 @@ def run(args: argparse.Namespace) -> int:
         if args.calibration is not None:
             moments, made = load_moments(args.calibration, model.config, model.params)
             settings = dataclasses.replace(settings, calibration=moments)
-            if made.text.rpartition("sha256")[2] == text_name.rpartition("sha256")[2]:
-                raise InputError(
-                    "--text",
-                    got=f"the text of the calibration, {made.text}",
-                    expected="another text",
-                    fix="test on a text that played no part",
-                )
+            seen = {"calibration": made.text, **_tuned_on(names, model.config, moments)}
+            for what, of in seen.items():
+                if same_text(of, text_name):
+                    raise InputError(
+                        "--text",
+                        got=f"the text of the {what}, {of}",
+                        expected="another text",
+                        fix="test on a text that played no part",
+                    )
         result = compare(model, text, settings, report)
     command = "kvjax " + shlex.join(sys.argv[1:])
     metrics = {
@@ -112,6 +110,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"{sample['method']:>14}: ... {sample['prompt'][-40:]} | {sample['text']}")
     print(f"wrote {folder / 'metrics.json'}, report.html, pareto.png")
     return 0
+
+
+def _tuned_on(names, config, moments) -> dict[str, str]:
+    """The texts that tuned methods among `names` have seen."""
+    from kvjax.calibrate.names import TUNED
+    from kvjax.calibrate.tuned_file import load_tuned
+
+    load = lambda name: load_tuned(name.removeprefix(TUNED), config, moments)[1].text
+    return {f"tuning of {name}": load(name) for name in names if name.startswith(TUNED)}
 
 
 def write_json(path, data) -> None:

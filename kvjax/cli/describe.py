@@ -59,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print(describe(made(args.method), head_dim))
         return 0
     print(f"{'method':27s} {'keys':>6s} {'values':>6s}  true bits per value at head_dim {head_dim}")
-    for name in RECIPES:
-        print(_row(name, made(name), head_dim))
-    for name in CALIBRATED if moments is not None else ():
+    for name in (*RECIPES, *(CALIBRATED if moments is not None else ())):
         try:
             print(_row(name, made(name), head_dim), flush=True)
         except InputError as error:  # of no use here is of interest too: it says what is missing

@@ -50,9 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.evals.vectors import KINDS
     from kvjax.methods.names import recipes
 
-    names, kinds = options.names(args.methods), options.names(args.data)
-    if not names:
-        raise InputError("--methods", got="no names", expected="at least one", fix="name one")
+    names, kinds = options.method_names(args.methods), options.names(args.data)
     for name in names:
         recipes(name)  # an unknown one is told before anything runs
     for kind in kinds:
@@ -77,6 +75,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _dimension(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise InputError("--dims", got=text, expected="whole numbers, as 64,128", fix="name some")
     return options.positive("--dims", int(text))

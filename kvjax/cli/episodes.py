@@ -120,7 +120,7 @@ def _ask(args: argparse.Namespace) -> int:
     found = peek(args.memory)
     if found is None:
         raise _nothing(args.memory)
-    settings = found[1]["settings"]
+    settings = session.settings_of(args, found[1]["settings"])
     with alone(args.memory) if args.keep else contextlib.nullcontext():
         with options.progress() as report:
             reader = session.open_reader(settings, report)

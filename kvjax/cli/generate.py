@@ -19,9 +19,7 @@ def add(subparsers) -> None:
         "prompt's tokens stays, judged block by block; new tokens follow.",
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; - or nothing reads stdin")
-    parser.add_argument(
-        "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
-    )
+    options.add_model(parser)
     parser.add_argument("--method", default="turboquant-3", help="(%(default)s)")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the chat format")
     parser.add_argument("--max-new", type=int, default=128, help="most new tokens (%(default)s)")
@@ -47,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     layout = options.layout_of(args)
     options.positive("--max-new", args.max_new)
     check_keep(args)
-    if args.temperature < 0:
+    if not args.temperature >= 0:  # NaN too
         raise InputError(
             "--temperature", got=args.temperature, expected="0 or more", fix="0 is greedy"
         )

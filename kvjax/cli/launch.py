@@ -70,11 +70,12 @@ def environments(args: argparse.Namespace) -> list[dict[str, str]]:
     Raises:
       InputError: numbers below 1, an address that is none, more processes than GPUs.
     """
+    from kvjax.parallel.processes import check_timeout
     from kvjax.parallel.rollcall import address
 
     count = options.positive("--processes", args.processes)
-    if args.timeout is not None and not args.timeout > 0:
-        raise InputError("--timeout", got=args.timeout, expected="more than 0", fix="raise it")
+    if args.timeout is not None:
+        check_timeout("--timeout", args.timeout)
     if args.local_devices is not None:
         options.positive("--local-devices", args.local_devices)
     coordinator = args.coordinator or f"127.0.0.1:{free_port()}"

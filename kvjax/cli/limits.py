@@ -19,9 +19,7 @@ def add(subparsers) -> None:
         "each rung should err by the calibration, and what it errs on another text. Writes "
         "OUT/limits.json and OUT/limits.png.",
     )
-    parser.add_argument(
-        "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
-    )
+    options.add_model(parser)
     parser.add_argument(
         "--calibration", required=True, help="folder that `kvjax calibrate` wrote for this model"
     )
@@ -49,16 +47,13 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.evals.limits import Settings, limits, print_limits
     from kvjax.evals.limits_plot import limits_png
     from kvjax.evals.stamp import make_stamp
-    from kvjax.evals.text import read_text
+    from kvjax.evals.text import read_text, same_text
     from kvjax.models.load import load
 
     if args.bits not in (2, 3, 4):
         raise InputError("--bits", got=args.bits, expected="2, 3 or 4", fix="choose one of these")
-    names = options.names(args.methods or ",".join(f"{rung}-{args.bits}" for rung in LADDER))
-    if not names:
-        raise InputError(
-            "--methods", got="no names", expected="at least one", fix="leave it out for the ladder"
-        )
+    ladder = [f"{rung}-{args.bits}" for rung in LADDER]
+    names = ladder if args.methods is None else options.method_names(args.methods)
     for name in names:
         check_name(name, args.calibration)  # told before anything is loaded
     settings = Settings(
@@ -74,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     with options.progress(len(names) + settings.windows + 1) as report:
         report(f"loading {args.model}")
         model = load(args.model)
-        moments, made = load_moments(args.calibration, model.config)
-        if _same_text(made.text, text_name):
+        moments, made = load_moments(args.calibration, model.config, model.params)
+        if same_text(made.text, text_name):
             print(
                 f"kvjax: the calibration saw this text, {made.text}: what is measured on it says "
                 "nothing about others; give another --text",
@@ -97,10 +92,3 @@ def run(args: argparse.Namespace) -> int:
     print_limits(metrics, layers=args.layers, heads=args.heads)
     print(f"wrote {folder / 'limits.json'}, limits.png")
     return 0
-
-
-def _same_text(calibrated: str, tested: str) -> bool:
-    """By hash, or by name where a calibration has none."""
-    name, _, seen = calibrated.partition(" (sha256 ")
-    other, _, now = tested.partition(" (sha256 ")
-    return seen == now if seen else name == other

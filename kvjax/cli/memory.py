@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvjax.cli import options
 from kvjax.core.errors import InputError, known
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from kvjax.calibrate.moments import Moments
     from kvjax.core.method import Method
@@ -37,7 +37,8 @@ def add(subparsers) -> None:
     parser.add_argument("--context", type=int, help="tokens (default: the model's positions)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
     parser.add_argument(
-        "--methods", help="comma-separated names (default: all that need no calibration)"
+        "--methods",
+        help="comma-separated names (default: all that need no calibration and fit the model)",
     )
     options.add_calibration(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.evals.devices import get_device
     from kvjax.methods import RECIPES
 
-    names = options.names(args.methods) if args.methods else list(RECIPES)
+    names = list(RECIPES) if args.methods is None else options.method_names(args.methods)
     for name in names:
         check_name(name, args.calibration)  # told before anything is loaded
     if args.device is not None and args.devices is None:
@@ -72,10 +73,26 @@ def run(args: argparse.Namespace) -> int:
     options.positive("--context", context)
     options.positive("--batch", args.batch)
     layout = options.layout_of(args)
-    methods = ((name, get_for_model(name, config, moments, layout=layout)) for name in names)
+    make = lambda name: get_for_model(name, config, moments, layout=layout)
+    asked = ((name, make(name)) for name in names)
+    methods = asked if args.methods is not None else _fitting(names, make, config.head_dim)
     show = sizes if args.devices is None else spread
     show(args, config, methods, context)
     return 0
+
+
+def _fitting(
+    names: Iterable[str], make: Callable[[str], Any], head_dim: int
+) -> Iterator[tuple[str, Method]]:
+    """The methods that take the head_dim; of the others stderr says why not."""
+    for name in names:
+        try:
+            method = make(name)
+            method.check(head_dim)
+        except InputError as error:
+            print(f"kvjax: left out {name}: {error}", file=sys.stderr)
+        else:
+            yield name, method
 
 
 def sizes(

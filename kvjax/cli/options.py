@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 MODEL_HELP = "a name from `kvjax models list`, a Hugging Face folder, or a .gguf file"
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2-135m", help=f"{MODEL_HELP} (%(default)s)")
+
+
+def add_sample(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """The text that arrays of methods are fitted to, and how much of it is looked at."""
+    parser.add_argument(
+        "--text", help="a UTF-8 text file (default: docstrings of Python's standard library)"
+    )
+    parser.add_argument("--tokens", type=int, default=tokens, help="to look at (%(default)s)")
+
+
 def add_layout(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("layout of the cache")
     group.add_argument(
@@ -86,11 +98,8 @@ def eviction_of(
         compete=compete,  # type: ignore[arg-type]
         recent=budget // 2 if policy == "h2o" else 0,
     )
-    if policy == "pyramidkv":
-        sure = eviction.sink_of(layout) + eviction.recent_of(layout)
-        window: dict = {"window": sure}
-        scorer = dataclasses.replace(scorer, **window)
-    by_layer = layer_budgets(policy, budget, layers, tokens, scorer)
+    sure = eviction.sink_of(layout) + eviction.recent_of(layout)
+    by_layer = layer_budgets(policy, budget, layers, tokens, scorer, sure)
     uneven = len(set(by_layer)) > 1
     return dataclasses.replace(eviction, budget=by_layer) if uneven else eviction
 
@@ -119,6 +128,26 @@ def positive(what: str, value: int) -> int:
 def names(text: str) -> list[str]:
     """A comma-separated list, without repetitions."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def method_names(text: str) -> list[str]:
+    """`names`, of which there must be one."""
+    found = names(text)
+    if not found:
+        raise InputError(
+            "--methods", got="no names", expected="at least one", fix="name one, or leave it out"
+        )
+    return found
+
+
+def whole_windows(tokens: int, context: int, fix: str = "raise it") -> int:
+    """How many windows of `context` there are in `--tokens`; an error where there is none."""
+    count = positive("--tokens", tokens) // context
+    if count < 1:
+        raise InputError(
+            "--tokens", got=tokens, expected=f"at least one window of {context}", fix=fix
+        )
+    return count
 
 
 def out_folder(path: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
 
 def check_answer(args: argparse.Namespace) -> None:
     options.positive("--max-new", args.max_new)
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise InputError(
             "--temperature", got=args.temperature, expected="0 or more", fix="0 is greedy"
         )
@@ -84,9 +85,10 @@ def settings_of(args: argparse.Namespace, stored: Settings | None) -> Settings:
     """The settings of a memory: those that it was made with, or the options and defaults.
 
     Raises:
-      InputError: an option that differs from what the memory was made with, or that serves nobody.
+      InputError: an option that differs from what the memory was made with, or that serves nobody;
+        a memory that does not say what it was made with.
     """
-    given: Settings = {name: getattr(args, name) for name in DEFAULTS}
+    given: Settings = {name: getattr(args, name, None) for name in DEFAULTS}
     for name in ("model", "calibration"):
         if given[name] is not None and (path := Path(given[name]).expanduser()).exists():
             given[name] = str(path.resolve())
@@ -96,12 +98,19 @@ def settings_of(args: argparse.Namespace, stored: Settings | None) -> Settings:
             settings["episodes"] = EPISODES if settings["policy"] == "epicache" else 1
         _check(settings)
         return settings
+    if missing := [name for name in DEFAULTS if name not in stored]:
+        raise InputError(
+            "memory",
+            got=f"one that does not say its {', '.join(missing)}",
+            expected="one of `kvjax chat` or `kvjax episodes build`",
+            fix="open it from Python with `episodes.store.load`, or name another folder",
+        )
     for name, value in given.items():
-        if value is not None and value != stored.get(name):
+        if value is not None and value != stored[name]:
             raise InputError(
                 f"--{name}",
                 got=value,
-                expected=f"{stored.get(name)}, with which the memory was made",
+                expected=f"{stored[name]}, with which the memory was made",
                 fix="leave it out, or name another folder",
             )
     return dict(stored)
@@ -323,6 +332,7 @@ class Session:
             if stop is not None and stop in piece and (words + piece.split(stop)[0]).strip():
                 piece = piece.split(stop)[0]
                 waiting = self.reader.tokens(piece) if piece else []
+                stream = tokenizer.stream()  # what is behind the stop is not said
                 show(piece)
                 words += piece
                 break
@@ -334,11 +344,9 @@ class Session:
             state = step(plan, params, state, **sampling)
             fed.append(token)
         check_finite(state.finite)
-        if stop is None:
-            rest = stream.finish()
-            show(rest)
-            words += rest
-        return fed, waiting, words, state.caches
+        rest = stream.finish()
+        show(rest)
+        return fed, waiting, words + rest, state.caches
 
     def keep(self, answer: Answer) -> None:
         """Remembers an answered turn."""

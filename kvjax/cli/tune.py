@@ -8,7 +8,6 @@ import shlex
 import sys
 
 from kvjax.cli import options
-from kvjax.core.errors import InputError
 
 CONTEXT = 512  # tokens per window: early tokens have most of the weight, so many short windows
 METHODS = ("klt-fisher-2", "klt-fisher-3", "klt-fisher-4")
@@ -22,18 +21,13 @@ def add(subparsers) -> None:
         "OUT/tuned.safetensors, which `kvjax compare --methods tuned:OUT` takes together with the "
         "same --calibration. Never tune on the text you test on.",
     )
-    parser.add_argument(
-        "--model", default="smollm2-135m", help=f"{options.MODEL_HELP} (%(default)s)"
-    )
+    options.add_model(parser)
     parser.add_argument(
         "--calibration",
         required=True,
         help="folder that `kvjax calibrate --gradients` wrote for this model",
     )
-    parser.add_argument(
-        "--text", help="a UTF-8 text file (default: docstrings of Python's standard library)"
-    )
-    parser.add_argument("--tokens", type=int, default=4096, help="to look at (%(default)s)")
+    options.add_sample(parser, tokens=4096)
     parser.add_argument(
         "--method", default=METHODS[0], choices=METHODS, help="what to tune (%(default)s)"
     )
@@ -53,14 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.models.load import load
 
     steps = options.positive("--steps", args.steps)
-    count = options.positive("--tokens", args.tokens) // CONTEXT
-    if count < 1:
-        raise InputError(
-            "--tokens",
-            got=args.tokens,
-            expected=f"at least one window of {CONTEXT}",
-            fix="raise it",
-        )
+    count = options.whole_windows(args.tokens, CONTEXT)
     text_name, text = read_text(args.text) if args.text else read_docstrings()
     folder = options.out_folder(args.out)
     options.use_compilation_cache()

@@ -24,6 +24,7 @@ class Worker:
 
     def __init__(self, number: int, words: Sequence[str], environment: Mapping[str, str]):
         self.number, self.last = number, ""
+        self.unread: Exception | None = None  # why its lines could not be passed on
         try:
             self.process = subprocess.Popen(
                 words,
@@ -47,7 +48,12 @@ class Worker:
 
     def _read(self) -> None:
         for line in self.process.stdout or ():
-            print(f"[{self.number}] {line.rstrip()}", flush=True)
+            try:  # in one piece, or lines of others would come into it
+                print(f"[{self.number}] {line.rstrip()}\n", end="", flush=True)
+            except (OSError, ValueError) as error:  # it would wait for a reader, and never end
+                self.unread = error
+                self.signal(signal.SIGKILL)
+                return
             if not _NOISE.match(line):
                 self.last = line.strip()
 
@@ -62,6 +68,7 @@ def run_all(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
 
     Raises:
       InputError: one that ended otherwise: which, how, its last line. The others are ended.
+      OSError, ValueError: lines that this process could not write. All are ended.
     """
     ended: queue.Queue[Worker] = queue.Queue()
 
@@ -77,6 +84,8 @@ def run_all(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
                 threading.Thread(target=wait, args=(workers[-1],), daemon=True).start()
             for _ in workers:
                 worker = ended.get()
+                if worker.unread is not None:
+                    raise worker.unread
                 if worker.process.returncode:
                     worker = _cause(worker, ended)
                     worker.reader.join(1.0)
@@ -132,12 +141,17 @@ def _end(workers: Sequence[Worker]) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM leaves by an exception, so that no process stays behind."""
+    """SIGTERM and SIGHUP leave by an exception, so that no process stays behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    leave = lambda number, frame: sys.exit(128 + number)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {n: known for n, known in before.items() if known is not signal.SIG_IGN}  # nohup
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, known in before.items():
+            signal.signal(number, known)

@@ -51,7 +51,7 @@ class Conversation:
 
     Raises:
       InputError: two utterances with one id, a text or speaker that is no string, or starts that
-        do not rise from 0.
+        do not rise from 0; a question whose text or answer is no string.
 
     Example:
       >>> talk = Conversation("tea", (Utterance("Ana", "Tea?", "D1:1"), Utterance("Ben", "Yes.")))
@@ -70,6 +70,14 @@ class Conversation:
                 raise InputError(
                     f"utterance {i} of conversation {self.name}",
                     got=f"speaker {u.speaker!r}, text {u.text!r}"[:100],
+                    expected="strings",
+                    fix='write "" for what is missing',
+                )
+        for i, q in enumerate(self.questions):
+            if not (isinstance(q.text, str) and isinstance(q.answer, str)):
+                raise InputError(
+                    f"question {i} of conversation {self.name}",
+                    got=f"text {q.text!r}, answer {q.answer!r}"[:100],
                     expected="strings",
                     fix='write "" for what is missing',
                 )

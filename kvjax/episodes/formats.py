@@ -92,7 +92,7 @@ def _detect(items: list[Any], name: str) -> str:
 
 
 def _locomo(item: dict[str, Any], name: str) -> Conversation:
-    return _of_sessions(item.get("sample_id", name), item["conversation"], item.get("qa", ()))
+    return _of_sessions(str(item.get("sample_id", name)), item["conversation"], item.get("qa", ()))
 
 
 def _realtalk(item: dict[str, Any], name: str) -> Conversation:
@@ -122,14 +122,19 @@ def _turn(turn: dict[str, Any], date: str) -> Utterance:
 def _question(item: dict[str, Any]) -> Question:
     """An answer may be a number; one that is missing (adversarial questions) is ""."""
     given = item.get("evidence") or ()
+    given = [given] if isinstance(given, str) else given
     evidence = [id for text in given for id in _ids(str(text))]
-    answer = item.get("answer")
     return Question(
         text=item["question"],
-        answer="" if answer is None else str(answer),
+        answer=_answer(item),
         evidence=tuple(dict.fromkeys(evidence)),
         category=str(item.get("category", "")),
     )
+
+
+def _answer(item: dict[str, Any]) -> str:
+    answer = item.get("answer")
+    return "" if answer is None else str(answer)
 
 
 def _ids(text: str) -> list[str]:
@@ -158,12 +163,12 @@ def _longmemeval(item: dict[str, Any], name: str) -> Conversation:
             within += [u.id for u in pieces if id in answer_ids]
     question = Question(
         text=item["question"],
-        answer=str(item.get("answer", "")),
+        answer=_answer(item),
         evidence=tuple(marked or within),
         category=item.get("question_type", ""),
         date=item.get("question_date", ""),
     )
-    return _conversation(item.get("question_id", name), sessions, (question,))
+    return _conversation(str(item.get("question_id", name)), sessions, (question,))
 
 
 def _pieces(turn: dict[str, str], id: str, date: str) -> list[Utterance]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from kvjax.core.errors import InputError
-from kvjax.episodes.index import EpisodeIndex, assemble, create, probes_of
+from kvjax.episodes.index import TINY, EpisodeIndex, assemble, create, probes_of
 from kvjax.episodes.segment import WIDTH
 
 Array = jax.Array
@@ -46,7 +46,7 @@ def append(
     labels = [*np.asarray(index.labels)]
     for x in new:
         c = np.stack(centroids)
-        cosine = c @ x / np.linalg.norm(c, axis=1)
+        cosine = c @ x / np.maximum(np.linalg.norm(c, axis=1), TINY)
         best = int(cosine.argmax())
         if cosine[best] < threshold:
             best = len(centroids)

@@ -18,8 +18,9 @@ from kvjax.episodes.segment import WIDTH
 Array = jax.Array
 How = Literal["cosine", "dot", "segments"]
 
+TINY = 1e-12  # length below which a centroid, of opposite segments, has no direction
 _PAD = 64  # segments: k-means is compiled for multiples of it
-_SPEAKERS = 2  # of the probes of an episode, so many nearest ones speak for it
+SPEAKERS = 2  # of the probes of an episode, so many nearest ones speak for it
 
 
 @pytree
@@ -116,7 +117,7 @@ def create(
 def scores(index: EpisodeIndex, queries: Array | np.ndarray, how: How = "cosine") -> Array:
     """How well each episode fits: queries `[..., D]` -> `[..., E]` float32, higher is better.
 
-        cosine:    <q, c_e> / |c_e|                               (the paper)
+        cosine:    <q, c_e> / |c_e|, 0 where c_e is 0             (the paper)
         dot:       <q, c_e>, which favours tight episodes         (the code)
         segments:  mean of the two greatest <q, p>, p of e        (ours)
 
@@ -130,7 +131,8 @@ def scores(index: EpisodeIndex, queries: Array | np.ndarray, how: How = "cosine"
     if how == "dot":
         return dot(index.centroids)
     if how == "cosine":
-        return dot(index.centroids / jnp.linalg.norm(index.centroids, axis=-1, keepdims=True))
+        lengths = jnp.linalg.norm(index.centroids, axis=-1, keepdims=True)
+        return dot(index.centroids / jnp.maximum(lengths, TINY))
     if how != "segments":
         raise InputError(
             "how", got=how, expected=known(("cosine", "dot", "segments")), fix="choose one of them"
@@ -138,7 +140,7 @@ def scores(index: EpisodeIndex, queries: Array | np.ndarray, how: How = "cosine"
     owner = index.labels[index.probe_segments]  # [p]
     mine = owner == jnp.arange(index.episodes)[:, None]  # [E, p]
     similar = jnp.where(mine, dot(index.probes)[..., None, :], -jnp.inf)  # [..., E, p]
-    nearest = jax.lax.top_k(similar, min(_SPEAKERS, similar.shape[-1]))[0]
+    nearest = jax.lax.top_k(similar, min(SPEAKERS, similar.shape[-1]))[0]
     there = jnp.isfinite(nearest)
     return jnp.where(there, nearest, 0).sum(-1) / there.sum(-1)
 
@@ -165,7 +167,7 @@ def _smoothed(x: np.ndarray, share: float) -> np.ndarray:
     mixed = x.copy()
     mixed[1:] += share * x[:-1]
     mixed[:-1] += share * x[1:]
-    return mixed / np.maximum(np.linalg.norm(mixed, axis=1, keepdims=True), 1e-12) if share else x
+    return mixed / np.maximum(np.linalg.norm(mixed, axis=1, keepdims=True), TINY) if share else x
 
 
 def _clusters(x: np.ndarray, episodes: int, rng: Array) -> np.ndarray:

@@ -102,7 +102,7 @@ def _plus_plus(x: Array, w: Array, uniform: Array) -> Array:
         odds = w * nearest
         picks = draw(jnp.where(odds.sum() > 0, odds, w), uniform[e])  # [candidates]
         left = jnp.minimum(nearest, _distances(x[picks], x))  # [candidates, n]
-        best = jnp.argmin(left @ w)
+        best = jnp.argmin(jnp.matmul(left, w, precision="highest"))
         return centroids.at[e].set(x[picks[best]]), left[best]
 
     first = draw(w, uniform[0, :1])[0]
@@ -130,7 +130,7 @@ def _lloyd(x: Array, w: Array, centroids: Array, iterations: int) -> KMeans:
     state = (centroids, labels, jnp.int32(0), jnp.bool_(True))
     centroids, labels, _, _ = jax.lax.while_loop(lambda s: s[3] & (s[2] < iterations), step, state)
     apart = jnp.square(x - centroids[labels]).sum(1)
-    return KMeans(centroids, labels, apart @ w)
+    return KMeans(centroids, labels, jnp.matmul(apart, w, precision="highest"))
 
 
 def _distances(a: Array, b: Array) -> Array:

@@ -46,8 +46,10 @@ class Settings:
       room: tokens of new turns that a cache takes before all is built anew.
       together: build all episodes as one batch; False takes the memory of one working set, and as
         many times as long.
-      smooth: see `index.create`.
+      smooth: see `index.create`; conversations of up to two segments per episode are not smoothed.
       seed: of the clustering.
+    Raises:
+      InputError: a number that is too small; `index.create` has the other bounds.
     """
 
     eviction: Eviction
@@ -60,6 +62,13 @@ class Settings:
     together: bool = True
     smooth: float = 0.3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "medoids", "prompt", "room"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    name, got=getattr(self, name), expected="1 or more", fix="raise it"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +182,14 @@ def build(
     prompts: list[list[int]] = [[]]
     if conversation.utterances:
         progress("embedding")
-        index = _index(reader, conversation, whole=len(tokens) <= min(settings.eviction.budgets))
+        index = make_index(
+            reader.embedder,
+            conversation,
+            episodes=1 if len(tokens) <= min(settings.eviction.budgets) else settings.episodes,
+            medoids=settings.medoids,
+            smooth=settings.smooth,
+            seed=settings.seed,
+        )
         segments = cut(conversation.utterances)
         firsts = tuple(segment.first for segment in segments)
         progress(f"reading {len(tokens)} tokens for {index.episodes} episodes")
@@ -193,24 +209,40 @@ def _prompt(reader: Reader, medoids: list[str]) -> list[int]:
     most = reader.settings.prompt
     if len(whole) <= most:
         return whole
-    share = max(1, (most - len(reader.tokens(patched_prompt([])))) // len(medoids))
+    head = reader.tokens(patched_prompt([]))
+    share = (most - len(head)) // len(medoids)
+    if share < 1:
+        raise InputError(
+            "prompt of an episode",
+            got=f"at most {most} tokens",
+            expected=f"{len(head) + len(medoids)} or more, for {len(medoids)} medoids",
+            fix="raise `prompt`, or lower `medoids`",
+        )
     parts = [reader.tokens(text + "\n")[:share] for text in medoids]
-    return [*reader.tokens(patched_prompt([])), *(token for part in parts for token in part)]
+    return [*head, *(token for part in parts for token in part)]
 
 
-def _index(reader: Reader, conversation: Conversation, *, whole: bool) -> EpisodeIndex:
-    settings = reader.settings
+def make_index(
+    embedder: Embedder,
+    conversation: Conversation,
+    *,
+    episodes: int,
+    medoids: int,
+    smooth: float,
+    seed: int,
+) -> EpisodeIndex:
+    """The episodes that `build` clusters a conversation into, with the meaning of its `Settings`:
+    at most as many as segments that differ."""
     segments = cut(conversation.utterances)
-    vectors = embed(reader.embedder, [segment.text for segment in segments])
-    single = embed(reader.embedder, [u.text or "." for u in conversation.utterances])
+    vectors = embed(embedder, [segment.text for segment in segments])
     different = len(np.unique(vectors.round(6), axis=0))
     return create(
         vectors,
-        1 if whole else min(settings.episodes, different),
-        rng=fold(jax.random.key(settings.seed), "memory"),
-        medoids=settings.medoids,
-        smooth=settings.smooth if len(segments) > 2 * settings.episodes else 0.0,
-        utterances=single,
+        min(episodes, different),
+        rng=fold(jax.random.key(seed), "memory"),
+        medoids=medoids,
+        smooth=smooth if len(segments) > 2 * episodes else 0.0,
+        utterances=embed(embedder, [u.text or "." for u in conversation.utterances]),
     )
 
 

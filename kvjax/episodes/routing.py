@@ -66,21 +66,27 @@ def evaluate(
       >>> result.inside.item(), result.chance.item(), result.best.item()
       (0.5, 0.75, 0.5)
     """
+    return evaluate_choice(index, np.asarray(route(index, queries, how, top)), evidence)
+
+
+def evaluate_choice(
+    index: EpisodeIndex, routed: np.ndarray, evidence: Sequence[Sequence[int]]
+) -> Routing:
+    """`evaluate` of any way to choose episodes, `routed: [q, top]`."""
     n = index.segments.shape[0]
-    if len(queries) != len(evidence) or not all(e and 0 <= min(e) <= max(e) < n for e in evidence):
+    if len(routed) != len(evidence) or not all(e and 0 <= min(e) <= max(e) < n for e in evidence):
         raise InputError(
             "evidence",
-            got=f"{len(evidence)} entries for {len(queries)} questions",
+            got=f"{len(evidence)} entries for {len(routed)} questions",
             expected=f"one or more segments from 0 to {n - 1} of each question",
             fix="take questions and segments from answerable()",
         )
     labels, sizes = np.asarray(index.labels), np.asarray(index.sizes)
-    routed = np.asarray(route(index, queries, how, top))  # [q, top]
     held = np.stack([_shares(labels[list(e)], len(sizes)) for e in evidence])  # [q, E]
     return Routing(
         inside=np.take_along_axis(held, routed, 1).sum(1),
         chance=(sizes / n)[routed].sum(1),
-        best=np.sort(held, axis=1)[:, -top:].sum(1),
+        best=np.sort(held, axis=1)[:, -routed.shape[1] :].sum(1),
     )
 
 

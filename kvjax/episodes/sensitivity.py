@@ -11,7 +11,7 @@ from jax import lax
 
 from kvjax.core.errors import InputError
 from kvjax.episodes.budgets import key_similarity
-from kvjax.models.causal import empty_records, keys_and_values, masked_softmax, recording
+from kvjax.models.causal import empty_records, masked_softmax, recording
 from kvjax.models.config import ModelConfig, layer_runs
 from kvjax.models.decoder import Params, decode_layers
 
@@ -61,14 +61,15 @@ def layer_similarity(
     if not 0 <= before <= 1:
         raise InputError("before", got=before, expected="0 to 1", fix="the paper's is 0.5")
     reach = round(before * block)
-    whole = keys_and_values(params, config, tokens[None])[1]
-    hidden = keys_by_block(params, config, tokens, block=block, sink=sink, reach=reach)
+    read = functools.partial(keys_by_block, params, config, tokens, block=block)
+    whole, hidden = read(sink=len(tokens), reach=0), read(sink=sink, reach=reach)
     return np.asarray(key_similarity(whole[:, 0], hidden[:, 0], window), np.float64)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "block", "sink", "reach"))
+@functools.partial(jax.jit, static_argnames="config")
 def keys_by_block(params, config, tokens, *, block: int, sink: int, reach: int) -> Array:
-    """Keys after RoPE `[l, 1, h, t, d]` where tokens see what block-wise reading leaves them."""
+    """Keys after RoPE `[l, 1, h, t, d]` where tokens see what block-wise reading leaves them; one
+    program for all blocks, sinks (of all tokens: everything is seen) and reaches."""
     runs, t = layer_runs(config), tokens.shape[0]
     positions = jnp.arange(t)
     pad = -t % _ROWS
@@ -100,7 +101,9 @@ def keys_by_block(params, config, tokens, *, block: int, sink: int, reach: int) 
     return jnp.concatenate([record.key for _, record in caches])
 
 
-def visible(rows: Array, columns: Array, block: int, sink: int, reach: int) -> Array:
+def visible(
+    rows: Array, columns: Array, block: int | Array, sink: int | Array, reach: int | Array
+) -> Array:
     """Which columns each row sees, bool `[s, t]`.
 
     Example:

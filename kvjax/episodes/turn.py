@@ -7,9 +7,7 @@ from typing import get_args
 import numpy as np
 
 from kvjax.core.errors import InputError, known
-from kvjax.episodes.index import EpisodeIndex, How, assemble
-
-SPEAKERS = 2  # as in `index.scores`: of an episode's probes, so many nearest ones speak for it
+from kvjax.episodes.index import SPEAKERS, TINY, EpisodeIndex, How, assemble
 
 
 def joined(index: EpisodeIndex, vector: np.ndarray, episode: int) -> EpisodeIndex:
@@ -77,7 +75,7 @@ def fit(index: EpisodeIndex, vector: np.ndarray, how: How = "segments") -> np.nd
         raise InputError("how", got=how, expected=known(get_args(How)), fix="choose one of them")
     centroids = np.asarray(index.centroids)
     if how != "segments":
-        lengths = np.linalg.norm(centroids, axis=1) if how == "cosine" else 1.0
+        lengths = np.maximum(np.linalg.norm(centroids, axis=1), TINY) if how == "cosine" else 1.0
         return centroids @ vector / lengths
     similar = np.asarray(index.probes) @ vector
     owner = np.asarray(index.labels)[np.asarray(index.probe_segments)]

@@ -11,12 +11,23 @@ import numpy as np
 
 from kvjax.cache import Cache, cache_bytes
 from kvjax.cache.working_set import WorkingSet, with_block
+from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.episodes.index import EpisodeIndex, route
+from kvjax.episodes.routing import by_question, evaluate_choice
 from kvjax.evals.conversations import HOWS
-from kvjax.generate.evict import drop, packed_shapes, start_working
+from kvjax.generate.evict import drop, start_working
 from kvjax.generate.loop import pad_prompts, prefill
-from kvjax.generate.plan import Plan, block_size, check_finite, forward_block, init_caches
+from kvjax.generate.plan import (
+    Plan,
+    block_size,
+    check_finite,
+    forward_block,
+    init_caches,
+    make_plan,
+)
+from kvjax.methods import get
+from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Params
 from kvjax.policies.eviction import Eviction
 
@@ -27,7 +38,7 @@ def exact_caches(
     """Caches that keep every token of a history, in the codes of the plan's methods.
 
     Args:
-      dtype: of exact windows. With `exact_layout` and float32 nothing is rounded.
+      dtype: of exact windows. With `exact_plan` and float32 nothing is rounded.
     """
     block = block_size(plan, len(history))
     tokens, counts = pad_prompts([history], block)
@@ -37,9 +48,10 @@ def exact_caches(
     return caches
 
 
-def exact_layout(tokens: int, page: int) -> Layout:
-    """A layout whose recent window holds so many tokens: none is ever packed."""
-    return Layout(sink=0, recent=-(-tokens // page) * page, page=page)
+def exact_plan(config: ModelConfig, tokens: int, *, page: int) -> Plan:
+    """A plan whose recent window holds so many tokens, exact: none is ever packed."""
+    layout = Layout(sink=0, recent=-(-tokens // page) * page, page=page)
+    return make_plan(config, get("bf16", config.head_dim, layout=layout))
 
 
 def read_whole(
@@ -49,7 +61,17 @@ def read_whole(
 
     `judge` then compresses it by one prompt or another, as methods do that see the whole context
     before they choose; the peak is all of it.
+
+    Raises:
+      InputError: a history beyond the block, NaN in a layer's keys or values.
     """
+    if not 1 <= len(history) <= eviction.block:
+        raise InputError(
+            "history",
+            got=f"{len(history)} tokens",
+            expected=f"1 to {eviction.block}, the block",
+            fix="read it block by block, or raise the block",
+        )
     tokens = np.zeros((1, eviction.block), np.int32)
     tokens[0, : len(history)] = history
     sets = start_working(plan, eviction, batch=1)
@@ -103,26 +125,21 @@ def routes(
 def evidence_inside(
     index: EpisodeIndex, chosen: np.ndarray, evidence: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Means over questions: the share of their evidence in the episodes that were `chosen: [q]`
-    ("inside"), that of all segments ("chance"), and the most that one episode has ("best").
+    """Means over questions of `episodes.routing.Routing`, for the episodes `chosen: [q]`."""
+    return by_question([evaluate_choice(index, chosen[:, None], evidence)])
 
-    As `episodes.routing.evaluate`, for any way to choose.
+
+def state_bytes(caches: tuple[Cache, ...]) -> tuple[int, int]:
+    """Bytes of the cache that decodes (one episode's), and of all episodes' together.
+
+    Episodes have equal shares of all but the pages counted per layer (`Kept.used`), which are
+    there once.
     """
-    labels, sizes = np.asarray(index.labels), np.asarray(index.sizes)
-    shares = [np.bincount(labels[list(e)], minlength=len(sizes)) / len(e) for e in evidence]
-    held = np.stack(shares)  # [q, E]
-    return {
-        "inside": float(held[np.arange(len(held)), chosen].mean()),
-        "chance": float((sizes / len(labels))[chosen].mean()),
-        "best": float(held.max(1).mean()),
-    }
-
-
-def state_bytes(plan: Plan, eviction: Eviction, caches: tuple[Cache, ...]) -> tuple[int, int]:
-    """Bytes of the cache that decodes (one episode's), and of all episodes' together."""
-    tail = next((c.page_starts.shape[-1] for c in caches if c.kept is not None), 1)
-    one = packed_shapes(plan, eviction, batch=1, tail=tail)
-    return sum(map(cache_bytes, one)), sum(map(cache_bytes, caches))
+    total, once = (
+        sum(map(cache_bytes, caches)),
+        tree_bytes([c.kept.used for c in caches if c.kept is not None]),
+    )
+    return (total - once) // caches[0].length.shape[1] + once, total
 
 
 def full_bytes(plan: Plan, tokens: int) -> int:

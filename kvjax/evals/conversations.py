@@ -169,7 +169,8 @@ def answer(
       InputError: NaN in a layer's keys or values.
     """
     if talk.opening:
-        caches = _open(plan, params, caches, np.asarray(talk.opening, np.int32))
+        caches, finite = _open(plan, params, caches, np.asarray(talk.opening, np.int32))
+        check_finite(finite)
     fed = [(*q, *a[:-1]) for q, a in zip(talk.questions, talk.answers, strict=True)]
     width = -(-max(map(len, fed)) // 16) * 16
     found, fits, seconds = [], [], []
@@ -203,7 +204,7 @@ def answer(
 @jax.jit
 def _open(plan: Plan, params: Params, caches, tokens: Array):
     batch = caches[0].length.shape[1]
-    return forward_block(plan, params, caches, jnp.tile(tokens, (batch, 1)))[1]
+    return forward_block(plan, params, caches, jnp.tile(tokens, (batch, 1)))[1:]
 
 
 @functools.partial(jax.jit, static_argnames="longest")

@@ -26,9 +26,14 @@ class Device:
     domain: int
     network: float
 
-    def speed(self, span: int) -> float:
-        """Bytes per second in a ring that lies within `span` consecutive devices."""
-        return self.link if span <= self.domain else self.network
+    def speed(self, span: int, devices: int) -> float:
+        """Bytes per second in the slowest of the rings that each lie within `span` of `devices`.
+
+        Spans follow one another from device 0 on: where they do not divide a domain, one of them
+        lies across its end.
+        """
+        inside = devices <= self.domain or self.domain % span == 0
+        return self.link if inside else self.network
 
 
 DEVICES: tuple[Device, ...] = (

@@ -7,6 +7,7 @@ A roofline is no measurement: it says what a step cannot be faster than, on pape
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from jax.sharding import AbstractMesh, AxisType
@@ -90,8 +91,8 @@ def plan_layouts(
       batch: sequences over all devices.
       latency: seconds per collective. usable: part of the memory that weights and caches may take.
     Raises:
-      InputError: no devices; a context beyond the model's positions; or no mesh that batch, heads
-        and codecs allow.
+      InputError: no devices; a context beyond the model's positions; a part of the memory or a
+        latency that is none; or no mesh that batch, heads and codecs allow.
 
     Example:
       >>> from kvjax.evals.devices import get_device
@@ -115,6 +116,13 @@ def plan_layouts(
             got=f"{context} tokens",
             expected=f"at most the {config.max_positions} positions of {config.name}",
             fix="use a shorter context, or a config with more positions",
+        )
+    if not 0 < usable <= 1 or not 0 <= latency < math.inf:
+        raise InputError(
+            "plan",
+            got=f"usable {usable}, latency {latency} s",
+            expected="a usable part of the memory above 0 and up to 1, a latency of 0 or more",
+            fix="choose such numbers",
         )
     methods = (method,) if isinstance(method, Method) else tuple(method)
     units = cache_units(config, method)
@@ -216,8 +224,8 @@ def link_seconds(
     rows = b * config.q_heads // rules.heads  # b * h * g
     sequence = [4 * rows, 4 * rows * (config.head_dim + 1)]
     heads = [2 * b * config.d_model] * (2 if rules.mlp else 1)
-    fast = device.speed(rules.sequence)
-    far = device.speed(rules.sequence * rules.heads)
+    fast = device.speed(rules.sequence, rules.mesh.size)
+    far = device.speed(rules.sequence * rules.heads, rules.mesh.size)
     merge = sum(all_reduce_seconds(n, rules.sequence, fast, latency) for n in sequence)
     add = sum(all_reduce_seconds(n, rules.heads, far, latency) for n in heads)
     return config.layers * (merge + add)

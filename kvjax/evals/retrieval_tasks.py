@@ -59,6 +59,8 @@ def build(
     if task not in TASKS:
         raise InputError("task", got=repr(task), expected=known(TASKS), fix="use one of these")
     _check_depth(task, depth)
+    if length < 1:
+        raise InputError("length", got=f"{length} tokens", expected="1 or more", fix="raise it")
     name = f"{task} {length} {depth}"
     random = np.random.default_rng([seed, zlib.crc32(name.encode())])
     sentences = list(NOISE) * (length // len(NOISE) + 1)

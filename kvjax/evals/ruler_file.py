@@ -22,7 +22,8 @@ def read_ruler(
     The last line of `input`, and the `answer_prefix` if a row has one, is the question; all before
     it is the context, as far as a cache may be compressed before it knows what is asked. The task
     is the name of the file, the depth where the first answer begins in the context (in characters),
-    None if it is not in there.
+    None if it is not in there. All outputs are asked for, one after the other; files whose outputs
+    are other words for one answer (RULER's `qa`) do not fit.
 
     Args:
       length: what the samples say of their length, to put rows together; None counts the tokens.
@@ -52,7 +53,7 @@ def _sample(what: str, line: str, task: str, length: int) -> Sample:
         context, question = text.rstrip().rsplit("\n", 1)
     except (ValueError, TypeError, KeyError, AttributeError):
         answers = ()
-    if not answers:
+    if not answers or "" in answers:
         raise InputError(
             what,
             got=repr(line[:40]),

@@ -134,6 +134,19 @@ def _named(name: str, text: str) -> str:
     return f"{name} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
+def same_text(one: str, other: str) -> bool:
+    """Whether two names that `read_text` gave are of one text: by hash, or by name where `one` has
+    none.
+
+    Example:
+      >>> same_text("a.txt (sha256 12)", "b.txt (sha256 12)"), same_text("a.txt", "b.txt")
+      (True, False)
+    """
+    name, _, seen = one.partition(" (sha256 ")
+    another, _, now = other.partition(" (sha256 ")
+    return seen == now if seen else name == another
+
+
 def model_windows(model: Model, text: str, *, context: int, windows: int) -> np.ndarray:
     """`cut_windows` with a model's own tokenizer.
 

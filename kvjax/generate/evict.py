@@ -16,6 +16,7 @@ from kvjax.cache.pack_kept import pack, packed_region, pages_for
 from kvjax.cache.working_set import WorkingSet, evict, init_working_set
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
+from kvjax.generate.inputs import pad_rows, token_counts
 from kvjax.generate.plan import Plan, forward_block
 from kvjax.models.config import layer_runs
 from kvjax.models.decoder import Params, rope_frequencies
@@ -31,8 +32,10 @@ class ProbePrompt:
 
     Args:
       tokens: a prompt for every sequence, or a function from the block's tokens (of every sequence)
-        and those of the block before to such prompts (KVzip repeats the block).
-      longest: prompts are padded to so many tokens; None is the longest of `tokens`.
+        and those of the block before to such prompts (KVzip repeats the block). A sequence that
+        has ended has no tokens in a block, and is not judged again.
+      longest: prompts are padded to so many tokens; None is the longest of `tokens`, which compiles
+        once more for every block where a function gives longer or shorter ones.
     """
 
     tokens: Sequence[Sequence[int]] | Callable[..., Sequence[Sequence[int]]]
@@ -43,17 +46,15 @@ class ProbePrompt:
         prompts = self.tokens(block, before) if callable(self.tokens) else self.tokens
         lengths = np.array([len(p) for p in prompts], np.int32)
         width = int(lengths.max(initial=0)) if self.longest is None else self.longest
-        if lengths.size != len(block) or lengths.max(initial=0) > width or lengths.min() < 1:
+        new = np.array([len(p) > 0 for p in block])
+        if lengths.size != new.size or lengths.max(initial=0) > width or (lengths[new] < 1).any():
             raise InputError(
                 "probe",
                 got=f"prompts of {lengths.tolist()} tokens",
                 expected=f"one for each of {len(block)} sequences, of 1 to {width} tokens",
                 fix="give such prompts, or raise `longest`",
             )
-        rows = np.zeros((len(block), width), np.int32)
-        for row, prompt in zip(rows, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        return rows, lengths
+        return pad_rows(prompts, width), np.where(new, lengths, 0).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Keep:
       eviction: policy and budget.
       probe: what a policy judges by that needs one.
       pack: encode what was kept, and let new tokens follow; False keeps it exact, and evicts at
-        every step: the cache stays at its budget.
+        every step: the cache stays at its budget. A probe judges the prompt only: new tokens score
+        0, and leave once they are no longer recent.
     """
 
     eviction: Eviction
@@ -76,9 +78,16 @@ def start_working(plan: Plan, eviction: Eviction, *, batch: int, dtype=jnp.bfloa
     """Empty working sets and, for layers with a sliding window, empty caches.
 
     Raises:
-      InputError: a budget below the windows, or not one for each layer.
+      InputError: a budget below the windows, or not one for each layer; methods of several layouts.
     """
     config, layout = plan.config, plan.methods[0].layout
+    if any(method.layout != layout for method in plan.methods):
+        raise InputError(
+            "methods",
+            got="layers with windows or pages of several sizes",
+            expected="one layout for all where a policy evicts",
+            fix="give all methods the same layout",
+        )
     eviction.check(len(full_layers(plan)), layout)
     sizes: dict[str, Any] = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
     sizes |= {"batch": batch, "dtype": dtype}
@@ -132,9 +141,10 @@ def feed(
 def drop(plan: Plan, eviction: Eviction, caches: Caches) -> Caches:
     """Evicts from every working set, down to the budget."""
     sets = tuple(c for c in caches if isinstance(c, WorkingSet))
-    if not isinstance(eviction.budget, int):  # budgets come in the order of the model's layers
+    budgets = eviction.budgets
+    if len(budgets) > 1:  # they come in the order of the model's layers
         order = np.argsort(np.argsort(full_layers(plan)))
-        ranked = tuple(eviction.budget[i] for i in order)
+        ranked = tuple(budgets[i] for i in order)
         eviction = dataclasses.replace(eviction, budget=ranked)
     left = iter(evict(eviction, sets, plan.methods[0].layout))
     return tuple(next(left) if isinstance(c, WorkingSet) else c for c in caches)
@@ -158,8 +168,8 @@ def take_history(
     Returns:
       hidden `[b, D]` of each last token, working sets and caches, `finite [layers, 2]`.
     Raises:
-      InputError: an empty history, one beyond the model's positions, a policy without the probe
-        that it needs.
+      InputError: an empty history, one beyond the model's positions, tokens that it does not have,
+        a policy without the probe that it needs, working sets of another eviction or batch.
     """
     if "probe" in eviction.policy.needs and probe is None:
         raise InputError(
@@ -168,12 +178,12 @@ def take_history(
             expected="a prompt that it judges by",
             fix="pass probe=ProbePrompt(tokens)",
         )
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    if lengths.size == 0 or lengths.min() < 1:
-        raise InputError("history", got="no tokens", expected="at least one", fix="give some text")
+    lengths = token_counts(prompts, vocab=params.embed.shape[0], what="history")
     config, block = plan.config, eviction.block
     if caches is None:
         caches = start_working(plan, eviction, batch=len(prompts), dtype=dtype)
+    else:
+        _check_sets(eviction, caches, len(prompts))
     past = int(jax.device_get(caches[0].length[0]).max())
     if past + int(lengths.max()) > config.max_positions:
         raise InputError(
@@ -187,9 +197,7 @@ def take_history(
     before: list[list[int]] = [[] for _ in prompts]
     for first in range(0, int(lengths.max()), block):
         pieces = [list(p[first : first + block]) for p in prompts]
-        tokens = np.zeros((len(prompts), block), np.int32)
-        for row, piece in zip(tokens, pieces, strict=True):
-            row[: len(piece)] = piece
+        tokens = pad_rows(pieces, block)
         count = np.clip(lengths - first, 0, block).astype(np.int32)
         judge = (None, None) if probe is None else probe.padded(pieces, before)
         hidden, caches, ok = feed(plan, params, eviction, caches, tokens, count, *judge)
@@ -197,6 +205,19 @@ def take_history(
         finite, before = finite & ok, pieces
     assert last is not None
     return last, caches, finite
+
+
+def _check_sets(eviction: Eviction, caches: Caches, batch: int) -> None:
+    for tokens in (c for c in caches if isinstance(c, WorkingSet)):
+        room = tokens.positions.shape[-1] - tokens.block
+        got = tokens.length.shape[1], room, tokens.block
+        if got != (batch, eviction.slots, eviction.block):
+            raise InputError(
+                "caches",
+                got="batch {}, {} slots and blocks of {}".format(*got),
+                expected=f"batch {batch}, {eviction.slots} slots and blocks of {eviction.block}",
+                fix="go on with the eviction and the sequences that they were made for",
+            )
 
 
 def pack_all(plan: Plan, eviction: Eviction, caches: Caches, *, room: int) -> tuple[Cache, ...]:

@@ -16,6 +16,7 @@ from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree
 from kvjax.core.rng import fold
 from kvjax.generate.evict import Keep, drop, pack_all, take_history
+from kvjax.generate.inputs import check_sampling, pad_rows, token_counts
 from kvjax.generate.plan import Plan, block_size, forward_block, init_caches
 from kvjax.models.decoder import Params, logits
 from kvjax.policies.eviction import Eviction
@@ -46,14 +47,8 @@ class State:
 
 def pad_prompts(prompts: Sequence[Sequence[int]], block: int) -> tuple[np.ndarray, np.ndarray]:
     """Ragged prompts as int32 `[b, T]`, T a multiple of `block`, and their lengths `[b]`."""
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    if lengths.size == 0 or lengths.min() < 1:
-        raise InputError("prompt", got="no tokens", expected="at least one", fix="give some text")
-    width = -(-int(lengths.max()) // block) * block
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths
+    lengths = token_counts(prompts)
+    return pad_rows(prompts, -(-int(lengths.max()) // block) * block), lengths
 
 
 @functools.partial(jax.jit, static_argnames="block", donate_argnames="caches")
@@ -128,21 +123,23 @@ def start(
         One that outgrows its pages reads as NaN: see `Cache.most_tokens`.
       keep: keeps a budget of each prompt only; then the block of its eviction counts, not `block`.
     Raises:
-      InputError: an empty prompt, or prompt plus `max_new` beyond the model's positions.
+      InputError: an empty prompt, tokens that the model does not have, prompt plus `max_new` beyond
+        its positions; numbers that make no sense, a temperature without a key.
     """
-    lengths = [len(prompt) for prompt in prompts]
+    check_sampling(max_new, temperature, rng, block)
+    longest = int(token_counts(prompts, vocab=params.embed.shape[0]).max())
     past = 0 if caches is None else int(jax.device_get(caches[0].length[0]).max())
-    capacity = past + max(lengths, default=0) + max_new
+    capacity = past + longest + max_new
     if capacity > plan.config.max_positions:
         raise InputError(
             "prompt",
-            got=f"{past + max(lengths)} tokens and {max_new} new ones",
+            got=f"{past + longest} tokens and {max_new} new ones",
             expected=f"at most {plan.config.max_positions} together, the model's positions",
             fix="shorten the prompt or ask for fewer tokens",
         )
     ready: tuple[Any, ...]
     if keep is None:
-        block = block_size(plan, max(lengths, default=1) or 1, block)
+        block = block_size(plan, longest, block)
         tokens, counts = pad_prompts(prompts, block)
         if caches is None:
             caches = init_caches(plan, batch=len(prompts), capacity=capacity)

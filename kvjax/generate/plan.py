@@ -175,7 +175,16 @@ def forward_block(
       probe: the tokens are only there to judge; no cache takes them in.
     Returns:
       hidden `[b, t, D]`, caches, and `finite` bool `[layers, 2]` (keys, values).
+    Raises:
+      InputError: working sets without the eviction that they were made for; an eviction on a mesh.
     """
+    if eviction is None and any(isinstance(cache, WorkingSet) for cache in caches):
+        raise InputError(
+            "eviction",
+            got="none, with working sets among the caches",
+            expected="the one that they were made for",
+            fix="pass eviction=keep.eviction",
+        )
     if plan.rules is not None:
         if eviction is not None:
             raise InputError(
@@ -235,8 +244,9 @@ def _forward(plan, params, caches, tokens, count, eviction=None, probe=False, re
             out, new = _extend(method, cache, slot, q, k, v, count)
             return out, (cache if probe else new)
         active = None if count is None else count > 0
-        cache = append(method, cache, k[:, 0], v[:, 0], layer=slot, active=active)
-        return attend(method, cache, q[:, 0], layer=slot, scale=1.0)[:, None], cache
+        new = append(method, cache, k[:, 0], v[:, 0], layer=slot, active=active)
+        out = attend(method, new, q[:, 0], layer=slot, scale=1.0)[:, None]
+        return out, (cache if probe else new)
 
     def layer_attend(run, layer, own, q, k, v, extra):
         groups = plan.in_run(run)

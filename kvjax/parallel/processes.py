@@ -19,6 +19,7 @@ from kvjax.core.errors import InputError
 from kvjax.parallel.rollcall import address, bind_host, call_in, hear_all
 
 TIMEOUT = 30.0  # s, for all processes to come
+LONGEST = 86_400  # s, a day: the most that a timeout may be
 HEARTBEAT = 20  # s, after which a silent process counts as dead
 SHUTDOWN = 300  # s, that one at its end waits for the others, before all of them are ended
 ENVIRONMENT = {
@@ -71,11 +72,12 @@ def start(
             expected=f"0 to {processes - 1}",
             fix="give every process its own id, from 0 on",
         )
-    if not timeout > 0:
-        raise InputError("timeout", got=timeout, expected="seconds, more than 0", fix="raise it")
+    check_timeout("timeout", timeout)
     _be_first()
     if local_devices is not None:
         jax.config.update("jax_num_cpu_devices", local_devices)
+        for gpus in "jax_cuda_visible_devices", "jax_rocm_visible_devices":
+            jax.config.update(gpus, ",".join(map(str, range(local_devices))))
     if processes > 1:
         if process_id == 0:
             hear_all(coordinator, processes, timeout)
@@ -143,8 +145,18 @@ def start_from_environment(environment: Mapping[str, str] | None = None) -> bool
     return True
 
 
+def check_timeout(what: str, seconds: float) -> None:
+    """Raises `InputError` for what is no time to wait."""
+    if not 0 < seconds <= LONGEST:
+        raise InputError(
+            what, got=seconds, expected=f"seconds, above 0 and up to {LONGEST}", fix="choose such"
+        )
+
+
 def fetch(tree: Any) -> Any:
     """The whole arrays of a tree as numpy, in every process; all processes must call it.
+
+    Random keys come as the words that they are made of (`jax.random.key_data`).
 
     Example:
       >>> fetch({"tokens": jax.numpy.arange(3)})
@@ -152,6 +164,8 @@ def fetch(tree: Any) -> Any:
     """
 
     def one(a: Any) -> np.ndarray:
+        if isinstance(a, jax.Array) and jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a = jax.random.key_data(a)
         if isinstance(a, jax.Array) and not (a.is_fully_addressable or a.is_fully_replicated):
             return multihost_utils.process_allgather(a, tiled=True)
         return np.asarray(a)

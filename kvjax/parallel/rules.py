@@ -79,11 +79,7 @@ class ShardingRules:
           InputError: heads that the mesh does not divide.
         """
         copies = self.heads // math.gcd(self.heads, config.kv_heads)
-        if (
-            (config.kv_heads * copies) % self.heads
-            or config.q_per_kv % copies
-            or (copies > 1 and self.heads % config.kv_heads)
-        ):
+        if config.q_per_kv % copies or (copies > 1 and self.heads % config.kv_heads):
             raise InputError(
                 "mesh",
                 got=f"{self.heads} devices for {config.kv_heads} KV heads of {config.q_per_kv} "
@@ -120,10 +116,10 @@ class ShardingRules:
                     fix="make the axis heads 1",
                 )
             pool = method.layout.pool
-            if pool is not None and self.mesh.size > 1:
+            if pool is not None:
                 raise InputError(
                     "layout",
-                    got=f"a shared pool of {pool} pages over {self.mesh.size} devices",
+                    got=f"a shared pool of {pool} pages and sharding rules",
                     expected="contiguous pages",
                     fix="leave out the pool",
                 )
@@ -132,10 +128,12 @@ class ShardingRules:
 def make_mesh(
     data: int = 1, heads: int = 1, sequence: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of `data x heads x sequence` devices (all that there are, by default).
+    """A mesh of the first `data x heads x sequence` of some devices.
 
+    Args:
+      devices: in the order in which they are placed, `sequence` fastest; None is `jax.devices()`.
     Raises:
-      InputError: another number of devices than there are.
+      InputError: sizes below 1, or more devices than there are.
     """
     found = list(jax.devices() if devices is None else devices)
     wanted = data * heads * sequence

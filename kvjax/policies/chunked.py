@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,10 @@ class Chunked(Policy):
     @property
     def shared(self) -> bool:
         return self.inner.shared
+
+    @property
+    def notes(self) -> Literal["attention", "verdict"] | None:
+        return self.inner.notes
 
     def start(self, b: int, h: int, g: int, d: int) -> Any:
         return self.inner.start(b, h, g, d)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Literal, get_args
 
 from kvjax.core.codec import Array
@@ -42,7 +43,8 @@ class Eviction:
         of the policy always do as well.
 
     Raises:
-      InputError: numbers that make no sense.
+      InputError: numbers that make no sense; heads that compete under a policy by which they all
+        keep the same tokens; a way to merge that does not go with the policy or the budgets.
 
     Example:
       >>> from kvjax.policies import KeyNorm
@@ -63,6 +65,13 @@ class Eviction:
     positions: Literal["logical", "cache"] = static(default="logical")
 
     def __post_init__(self):
+        if not isinstance(self.policy, Policy):
+            raise InputError(
+                "policy",
+                got=repr(self.policy),
+                expected="a policy",
+                fix='make one, as `policies.get("snapkv")` does by name',
+            )
         if self.compete not in ("head", "layer", "model"):
             raise InputError(
                 "compete", got=repr(self.compete), expected="head, layer or model", fix="name one"
@@ -71,16 +80,26 @@ class Eviction:
             raise InputError(
                 "positions", got=repr(self.positions), expected="logical or cache", fix="name one"
             )
-        if min(self.budgets, default=0) < 1 or self.block < 1 or min(self.sink, self.recent) < 0:
+        if self.policy.shared and self.compete != "head":
+            raise InputError(
+                "compete",
+                got=f"{self.compete!r} with {type(self.policy).__name__}",
+                expected="head, since all heads keep the same tokens",
+                fix='use compete="head", or another policy',
+            )
+        counts = (*self.budgets, self.block, self.sink, self.recent)
+        whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in counts)
+        if not whole or not self.budgets or min(*counts[:-2]) < 1 or min(counts[-2:]) < 0:
             raise InputError(
                 "eviction",
-                got=f"budget {self.budget}, block {self.block}, sink {self.sink}, "
+                got=f"budget {self.budget!r}, block {self.block}, sink {self.sink}, "
                 f"recent {self.recent}",
-                expected="budget and block of 1 or more, sink and recent of 0 or more",
-                fix="choose such numbers",
+                expected="whole numbers, budget and block of 1 or more, "
+                "sink and recent of 0 or more",
+                fix="choose such numbers; `as_tokens` turns a share into tokens",
             )
         self._check_merge()
-        if not 0 <= self.floor <= 1 or not self.spread >= 1:
+        if not 0 <= self.floor <= 1 or not 1 <= self.spread < math.inf:
             raise InputError(
                 "eviction",
                 got=f"floor {self.floor}, spread {self.spread}",
@@ -100,8 +119,7 @@ class Eviction:
                 expected="heads and layers that hold equally many runs",
                 fix='use compete="head" and one budget',
             )
-        counts = type(self.policy).observe is not Policy.observe
-        if self.merge == "values" and (self.rng is None or not counts):
+        if self.merge == "values" and (self.rng is None or self.policy.notes != "attention"):
             raise InputError(
                 "merge",
                 got=f"values with {type(self.policy).__name__} and "
@@ -113,7 +131,7 @@ class Eviction:
     @property
     def budgets(self) -> tuple[int, ...]:
         """One number for all layers, or one for each."""
-        return (self.budget,) if isinstance(self.budget, int) else tuple(self.budget)
+        return tuple(self.budget) if isinstance(self.budget, tuple | list) else (self.budget,)
 
     @property
     def slots(self) -> int:
@@ -133,7 +151,7 @@ class Eviction:
     def check(self, layers: int, layout: Layout | None) -> None:
         """Raises `InputError` unless there is a budget for each of `layers` and it holds what
         always stays."""
-        if not isinstance(self.budget, int) and len(self.budget) != layers:
+        if isinstance(self.budget, tuple | list) and len(self.budget) != layers:
             raise InputError(
                 "budget",
                 got=f"{len(self.budget)} numbers",
@@ -141,11 +159,13 @@ class Eviction:
                 fix="give so many",
             )
         sure = self.sink_of(layout) + self.recent_of(layout)
+        rest = self.merge == "runs"  # all others need one run at least
+        sure += rest
         if min(self.budgets) < sure:
             raise InputError(
                 "budget",
                 got=f"{min(self.budgets)} tokens",
                 expected=f"at least the {sure} that always stay ({self.sink_of(layout)} sink, "
-                f"{self.recent_of(layout)} recent)",
+                f"{self.recent_of(layout)} recent{', a run of all others' if rest else ''})",
                 fix="raise it, or choose smaller windows or pages",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -36,6 +36,10 @@ class H2O(Policy):
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
 
     normalized: bool = static(default=False)
+
+    @property
+    def notes(self) -> Literal["attention"]:
+        return "attention"
 
     def observe(self, seen: Seen) -> tuple[Array, Any]:
         return seen.mass + columns(seen).total, seen.memory

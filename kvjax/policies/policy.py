@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +50,17 @@ class Policy:
     """Scores tokens; those with the highest scores stay. Sink, recent tokens, budgets and storage
     are none of its business: see `Eviction`.
 
-    A new policy is `score`, and `observe` where it keeps count over the blocks. `score` is for
-    every slot, empty ones too (these are dropped by the caller); larger is better; finite.
+    A new policy is `score`, and `observe` where it keeps count over the blocks (and then `notes`).
+    `score` is for every slot, empty ones too (these are dropped by the caller); larger is better;
+    finite.
 
     Attributes:
       needs: what `score` reads beyond keys, values and positions: "queries" (of the block or of the
         probe), "probe" (a prompt of its own, fed after each block).
       window: newest tokens that the policy itself always keeps.
       shared: whether all heads of a layer keep the same tokens.
+      notes: what it writes to `mass`: the "attention" that a token has gathered, its "verdict" on
+        it, or nothing.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -69,6 +72,10 @@ class Policy:
     @property
     def shared(self) -> bool:
         return False
+
+    @property
+    def notes(self) -> Literal["attention", "verdict"] | None:
+        return None
 
     def score(self, seen: Seen) -> Array:
         """`[b, h, s]` float32."""

@@ -61,6 +61,10 @@ class Probe(Policy):
                 "reduce", got=repr(self.reduce), expected="max, mean or sum", fix="name one of them"
             )
 
+    @property
+    def notes(self) -> Literal["verdict"] | None:
+        return "verdict" if self.remember else None
+
     def observe(self, seen: Seen) -> tuple[Array, Any]:
         if not self.remember:
             return seen.mass, seen.memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,11 @@ class Weighted(Policy):
     other units and tails can be added. Where heads compete, ranks make them equals.
 
     Args:
-      parts: pairs of a policy and its weight; no two policies of one kind, since they would share
-        what they note of tokens.
+      parts: pairs of a policy and its weight; no two policies of one kind, and one at most that
+        notes something of every token (H2O, or a probe that remembers), since they would share it.
 
     Raises:
-      InputError: no parts, or two of one kind.
+      InputError: no parts, two of one kind, two that note something of every token.
 
     Example:
       >>> from kvjax.policies import KeyDiff, SnapKV
@@ -45,6 +45,14 @@ class Weighted(Policy):
                 expected="one policy or more, each of another kind",
                 fix="name each kind once",
             )
+        noting = [type(policy).__name__ for policy, _ in self.parts if policy.notes]
+        if len(noting) > 1:
+            raise InputError(
+                "parts",
+                got=" and ".join(noting),
+                expected="one at most that notes something of every token",
+                fix="leave out the others",
+            )
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -58,6 +66,10 @@ class Weighted(Policy):
     @property
     def shared(self) -> bool:
         return any(policy.shared for policy, _ in self.parts)
+
+    @property
+    def notes(self) -> Literal["attention", "verdict"] | None:
+        return next((policy.notes for policy, _ in self.parts if policy.notes), None)
 
     def start(self, b: int, h: int, g: int, d: int) -> tuple:
         return tuple(policy.start(b, h, g, d) for policy, _ in self.parts)

@@ -74,6 +74,15 @@ def test_zeros_are_the_closed_form():
         assert jnp.allclose(layer.mix @ layer.mix.swapaxes(-1, -2), one, atol=1e-4)
 
 
+def test_few_tokens_leave_the_closed_form():
+    """Covariances that `klt` drew towards their diagonals are taken apart as it made them."""
+    few = dataclasses.replace(moments(), tokens=2 * model().config.head_dim)
+    made = get_calibrated("klt-fisher-2", few, layout=LAYOUT)
+    for method, layer in zip(made, closed_form(made, few), strict=True):
+        matrix = method.key.inner.transform.matrix[:, 0]
+        np.testing.assert_allclose(layer.mix @ layer.forward, matrix, rtol=1e-4, atol=1e-5)
+
+
 def test_the_same_sample_gives_the_same_bits():
     again, losses = tune_keys(methods(), moments(), sample(), steps=8)
     assert (losses == tuned()[1]).all()

@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import decoders
+
+from kvjax.models.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[1] / "models" / "tiny" / "llama"
 SMALL = ["--sink", "4", "--recent", "16", "--page", "16", "--budget", "96", "--block", "64"]
@@ -20,9 +22,7 @@ def tiny_model(folder: Path) -> Path:
             config |= {"max_position_embeddings": 2048} if name == "config.json" else {}
             config.pop("eos_token_id", None)
             (folder / name).write_text(json.dumps(config))
-    letters = {"[UNK]": 0} | {chr(31 + i): i for i in range(1, 96)}
-    backend = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend = Tokenizer.of_letters(96).backend
     backend.decoder = decoders.Fuse()
     backend.save(str(folder / "tokenizer.json"))
     return folder

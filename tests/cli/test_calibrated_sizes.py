@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from memory_model import tiny_model
 
 from kvjax.cache import cache_bytes
 from kvjax.calibrate.artefact import Provenance, load_moments, save_moments
@@ -32,11 +33,7 @@ TINY = Path(__file__).parents[1] / "models" / "tiny" / "qwen3"
 def place(tmp_path_factory):
     """A tiny checkpoint and moments that fit it: layers of which each matters ten times less."""
     place = tmp_path_factory.mktemp("sizes")
-    shutil.copytree(TINY, place / "model")
-    config = json.loads((place / "model" / "config.json").read_text())
-    config["max_position_embeddings"] = 512
-    (place / "model" / "config.json").write_text(json.dumps(config))
-    model = load(place / "model")
+    model = load(tiny_model(place / "model"))
     layers, h, d = model.config.layers, model.config.kv_heads, model.config.head_dim
     rng = np.random.default_rng(8200)
     made: dict = {"tokens": 4000, "frequencies": np.full((layers, d // 2), 0.1)}

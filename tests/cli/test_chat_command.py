@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from memory_model import OWN, SMALL, fails, tiny_model
@@ -11,7 +12,7 @@ from kvjax.cli import chat, session
 from kvjax.cli.main import main
 from kvjax.cli.turns import PLAIN, turns_of
 from kvjax.core.errors import InputError
-from kvjax.episodes import Conversation, Utterance
+from kvjax.episodes import Conversation, Utterance, store
 from kvjax.episodes.store import alone, peek
 
 ROOM = 320
@@ -143,7 +144,8 @@ def test_mistakes_end_in_one_line(talk, model, tmp_path, capsys, monkeypatch):
     assert "minilm, model" in bad("--embedder", "bert")
     assert "--room" in bad("--room", 0)
     assert "--save-every" in bad("--save-every", 0)
-    assert "--temperature" in bad("--temperature", -1)
+    for temperature in (-1, "nan", "inf"):
+        assert "--temperature" in bad("--temperature", temperature)
     assert "turboquant-3" in bad("--method", "turbo")
     assert "always stay" in bad("--model", model, *OWN, *SMALL, "--budget", 20)
     assert not list(folder.glob("0*"))
@@ -157,9 +159,24 @@ def test_mistakes_end_in_one_line(talk, model, tmp_path, capsys, monkeypatch):
     assert len(said(folder)) == 2
     with alone(folder):
         assert "another conversation" in bad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_read_facts", without_settings(store._read_facts))
+        assert "one of `kvjax chat` or `kvjax episodes build`" in bad()
+        ask = fails(main, capsys, "episodes", "ask", folder, "When?")
+        assert "does not say its model, method" in ask
     at = folder / (folder / "current").read_text().split()[0]
     (at / "arrays.safetensors").write_bytes(b"")
     assert "arrays.safetensors" in bad()
+
+
+def without_settings(read):
+    """As of a memory that was saved from Python."""
+
+    def facts(root):
+        at, found = read(root)
+        return at, {**found, "settings": {}}
+
+    return facts
 
 
 def test_history_is_what_was_answered():
@@ -204,6 +221,36 @@ def test_chat_formats():
         "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHo<end_of_turn>\n"
     )
     assert turns_of(Words(None)) is PLAIN
+
+
+def test_what_is_half_said_is_said(monkeypatch):
+    """A last character whose bytes never became whole is shown, as far as it came; what stands
+    behind the stop is not."""
+    pieces = {1: "Ha", 2: "", 3: " ho\nUser"}
+
+    class Stream:
+        held = ""
+
+        def push(self, token):
+            self.held = "" if pieces[token] else "?"
+            return pieces[token]
+
+        def finish(self):
+            return self.held
+
+    tokens = iter(())
+    state = lambda *a, **k: SimpleNamespace(token=[next(tokens)], finite=None, caches=None)
+    for name, fake in [("start", state), ("step", state), ("check_finite", lambda finite: None)]:
+        monkeypatch.setattr(f"kvjax.generate.{name}", fake)
+    plan = SimpleNamespace(config=SimpleNamespace(eos_ids=(0,)))
+    model = SimpleNamespace(params=None, tokenizer=SimpleNamespace(stream=Stream))
+    reader = SimpleNamespace(plan=plan, model=model, tokens=list)
+    talk = session.Session(reader, PLAIN, None, 0)
+    for given, words, waiting in [((1, 2, 0), "Ha?", []), ((2, 3), " ho", [*" ho"])]:
+        tokens, shown = iter(given), []
+        _, left, said, _ = talk._generate([], None, 9, 0.0, None, shown.append)
+        assert said == "".join(shown) == words
+        assert left == waiting
 
 
 def test_settings_are_checked_before_loading():

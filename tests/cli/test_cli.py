@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from memory_model import tiny_model
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvjax.cli.main import main
 
@@ -19,18 +19,7 @@ ROW = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny checkpoint with a tokenizer of one token per letter."""
-    target = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(TINY, target)
-    config = json.loads((target / "config.json").read_text())
-    config["max_position_embeddings"] = 512
-    (target / "config.json").write_text(json.dumps(config))
-    letters = {"[UNK]": 1} | {chr(97 + i): i + 5 for i in range(26)}
-    letters |= {chr(0x3B1 + i): i + 31 for i in range(65)}
-    backend = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.save(str(target / "tokenizer.json"))
-    return target
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +125,27 @@ def test_sizes_that_do_not_fit(capsys, folder, text):
     assert "divisor of 48" in fails(capsys, "describe", "kivi-2", "--head-dim", 48)
     assert "positions" in fails(capsys, "generate", "abc", "--model", folder, "--max-new", 10**6)
     assert "page" in fails(capsys, "memory", "--page", 0)
+    assert "got no names" in fails(capsys, "memory", "--methods", ",")
+    assert "--rounds" in fails(capsys, "compare", *model, "--rounds", -1)
+    assert "got nan" in fails(capsys, "generate", "abc", "--model", folder, "--temperature", "nan")
+    assert "--dims" in fails(capsys, "distortion", "--dims", "²")
+
+
+def test_lists_go_on_where_a_method_does_not_fit(capsys, tmp_path):
+    """Of a head_dim that groups of 32 do not divide: others are told, and this one why not."""
+    config = json.loads((TINY / "config.json").read_text()) | {"head_dim": 48}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["memory", "--model", str(tmp_path), "--context", "64"]) == 0
+    captured = capsys.readouterr()
+    assert {"int4", "turboquant-3"} <= {line.split(" ")[0] for line in captured.out.splitlines()}
+    assert "\nkivi-2 " not in captured.out
+    assert "kvjax: left out kivi-2: group of channels: got 32 on 48" in captured.err
+    asked = ["--methods", "int4,kivi-2"]
+    assert "divisor of 48" in fails(capsys, "memory", "--model", tmp_path, *asked, "--context", 64)
+    assert main(["describe", "--head-dim", "48"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["int4"].split()[1] == f"{4 + 32 / 48:.2f}"
+    assert "divisor of 48" in rows["kivi-2"]
 
 
 def test_texts_that_do_not_serve(capsys, folder, tmp_path):
@@ -166,7 +176,8 @@ def test_nothing_half_written(capsys, folder, text, tmp_path):
 def test_broken_checkpoints(capsys, folder, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
-    weights = broken / "model.safetensors"
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weights = next(p for p in broken.glob("*.safetensors") if name in load_file(p))
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     fails(capsys, "generate", "abc", "--model", broken)
@@ -175,7 +186,6 @@ def test_broken_checkpoints(capsys, folder, tmp_path):
     fails(capsys, "generate", "abc", "--model", garbage)
     weights.write_bytes(whole)
     tensors = load_file(weights)
-    name = "model.layers.1.self_attn.k_proj.weight"
     tensors[name] = tensors[name].copy()
     tensors[name][0, 0] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})

@@ -92,15 +92,28 @@ def test_the_cause_is_told_and_not_its_consequence(codes, cause):
     assert _cause(dead[0], ended) is dead[cause]
 
 
-def test_sigterm_ends_all(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_all(number):
     script = f"{ID} print(os.getpid(), flush=True); time.sleep(60)"
     words = [sys.executable, "-m", "kvjax.cli.main", "launch", "--processes", "2", "--"]
     with subprocess.Popen([*words, *RUN, script], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         pids = [int(run.stdout.readline().split()[1]) for _ in range(2)]
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(30) == 128 + signal.SIGTERM
+        run.send_signal(number)
+        assert run.wait(30) == 128 + number
     assert not any(map(_alive, pids))
+
+
+def test_a_reader_that_goes_ends_all():
+    """As in `kvjax launch ... | head -1`: more is printed than a pipe holds."""
+    script = f"{ID} print(os.getpid(), flush=True)\nwhile True: print('x' * 1000)"
+    words = [sys.executable, "-m", "kvjax.cli.main", "launch", "--processes", "1", "--"]
+    with subprocess.Popen([*words, *RUN, script], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        pid = int(run.stdout.readline().split()[1])
+        run.stdout.close()
+        assert run.wait(30) == 0  # as with any command of kvjax
+    assert not _alive(pid)
 
 
 def test_mistakes_are_told(capsys):
@@ -109,6 +122,7 @@ def test_mistakes_are_told(capsys):
     assert "--processes: got 0" in say("--processes", 0, "--", "true")
     assert "--local-devices: got 0" in say("--processes", 1, "--local-devices", 0, "--", "true")
     assert "--timeout: got -1.0" in say("--processes", 1, "--timeout", -1, "--", "true")
+    assert "--timeout: got inf" in say("--processes", 1, "--timeout", "inf", "--", "true")
     assert "coordinator: got 'here'" in say("--processes", 1, "--coordinator", "here", "--", "true")
     assert "got no-such-program (No such file" in say("--processes", 2, "--", "no-such-program")
 

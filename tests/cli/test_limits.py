@@ -2,31 +2,19 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from memory_model import fails, tiny_model
+from safetensors.numpy import load_file, save_file
 
-from kvjax.cli.limits import _same_text
 from kvjax.cli.main import main
-
-TINY = Path(__file__).parents[1] / "models" / "tiny" / "qwen3"
+from kvjax.evals.text import same_text
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny checkpoint with a tokenizer of one token per letter."""
-    target = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(TINY, target)
-    config = json.loads((target / "config.json").read_text())
-    config["max_position_embeddings"] = 512
-    (target / "config.json").write_text(json.dumps(config))
-    letters = {"[UNK]": 1} | {chr(97 + i): i + 5 for i in range(26)}
-    backend = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.save(str(target / "tokenizer.json"))
-    return target
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +77,19 @@ def test_the_text_of_the_calibration_is_told(folder, calibration, texts, tmp_pat
     more = ("--methods", "int4", "--layers")
     assert limits(folder, calibration, texts[0], tmp_path, *more) == 0
     assert "the calibration saw this text, one.txt" in capsys.readouterr().err
-    assert _same_text("a.txt (sha256 12)", "b.txt (sha256 12)")
-    assert not _same_text("a.txt (sha256 12)", "a.txt (sha256 13)")
-    assert _same_text("a.txt", "a.txt (sha256 13)")
+    assert same_text("a.txt (sha256 12)", "b.txt (sha256 12)")
+    assert not same_text("a.txt (sha256 12)", "a.txt (sha256 13)")
+    assert same_text("a.txt", "a.txt (sha256 13)")
+
+
+def test_a_calibration_of_other_weights_is_refused(folder, calibration, texts, tmp_path, capsys):
+    other = tmp_path / "tiny"
+    shutil.copytree(folder, other)
+    for path in other.glob("*.safetensors"):
+        doubled = {name: 2 * a for name, a in load_file(path).items()}
+        save_file(doubled, path, metadata={"format": "pt"})
+    argv = ["limits", "--model", other, "--calibration", calibration, "--text", texts[1]]
+    assert "same checkpoint" in fails(main, capsys, *argv, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

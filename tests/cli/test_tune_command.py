@@ -1,12 +1,10 @@
 """`kvjax tune` on a tiny model: a file that a method's name takes, and one line for mistakes."""
 
 import json
-import shutil
-from pathlib import Path
 
 import jax
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from memory_model import fails, tiny_model
 
 from kvjax.calibrate.artefact import load_moments
 from kvjax.calibrate.names import get_for_model
@@ -15,21 +13,12 @@ from kvjax.cli.main import main
 from kvjax.methods.describe import code_bits
 from kvjax.models.load import load
 
-TINY = Path(__file__).parents[1] / "models" / "tiny" / "qwen3"
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny checkpoint with a tokenizer of one token per letter, two texts, a calibration."""
+    """A tiny checkpoint, two texts, a calibration."""
     place = tmp_path_factory.mktemp("tune")
-    shutil.copytree(TINY, place / "model")
-    config = json.loads((place / "model" / "config.json").read_text())
-    config["max_position_embeddings"] = 512
-    (place / "model" / "config.json").write_text(json.dumps(config))
-    letters = {"[UNK]": 1} | {chr(97 + i): i + 5 for i in range(26)}
-    backend = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.save(str(place / "model" / "tokenizer.json"))
+    tiny_model(place / "model")
     (place / "one.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
     (place / "other.txt").write_text("pack my box with five dozen liquor jugs " * 40)
     with pytest.MonkeyPatch.context() as patch:
@@ -47,7 +36,7 @@ def call(*argv) -> int:
 
 def tuned(place, out, *more) -> int:
     argv = ["--model", place / "model", "--calibration", place / "moments"]
-    return call("tune", *argv, "--text", place / "one.txt", "--steps", 3, "--out", out, *more)
+    return call("tune", *argv, "--text", place / "other.txt", "--steps", 3, "--out", out, *more)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +63,11 @@ def test_a_name_takes_what_tune_wrote(place, tmp_path, capsys):
     arrays = [jax.tree.leaves([m.key for m in methods]) for methods in (plain, better)]
     assert [a.shape for a in arrays[0]] == [a.shape for a in arrays[1]]
     assert any((a != b).any() for a, b in zip(*arrays, strict=True))
+    argv = ["compare", "--model", place / "model", "--calibration", place / "moments"]
+    argv += ["--methods", name, "--out", tmp_path / "compare", "--text"]
+    assert "the text of the calibration, one" in fails(main, capsys, *argv, place / "one.txt")
+    seen = f"the text of the tuning of {name}, other.txt"
+    assert seen in fails(main, capsys, *argv, place / "other.txt")
 
 
 def test_mistakes_end_in_one_line(place, tmp_path, capsys):

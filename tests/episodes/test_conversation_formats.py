@@ -71,6 +71,16 @@ def test_locomo():
     )
 
 
+def test_what_is_no_string():
+    """Names and answers may be numbers, answers missing, and evidence one text."""
+    item = {**LOCOMO, "sample_id": 7, "qa": [{**LOCOMO["qa"][0], "evidence": "D1:1; D1:2"}]}
+    (talk,) = parse(json.dumps(item))
+    assert talk.name == "7"
+    assert talk.questions[0].evidence == ("D1:1", "D1:2")
+    (talk,) = parse(json.dumps({**LONGMEMEVAL, "answer": None}))
+    assert talk.questions[0].answer == ""
+
+
 def test_realtalk():
     (talk,) = parse(json.dumps(REALTALK), name="Chat_1")
     assert talk.name == "Chat_1"
@@ -147,6 +157,11 @@ def test_read(tmp_path):
             '{"haystack_sessions": [[]], "haystack_dates": ["a", "b"], "question": "?"}',
             None,
             "missing or misplaced",
+        ),
+        (
+            '{"conversation": {"session_1": [{"speaker": "A", "text": "x"}]}, "qa": [{"question": 1}]}',
+            None,
+            "question 0 of .*text 1.*; expected strings",
         ),
         ("Just a text.", None, "line 1 of conversation: got 'Just a text.'"),
         ("# 1 May\n# 2 May\nAna: Hi", None, "date '1 May' with no utterance"),

@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import models as backends
-from tokenizers import pre_tokenizers
 
 import kvjax
 from kvjax.core.errors import InputError
@@ -68,12 +65,9 @@ def talk_of(turns: int, topics=(0, 1, 2)) -> Conversation:
 @pytest.fixture(scope="module")
 def reader():
     model = load(TINY)
-    size = model.config.vocab_size
-    letters = {"[UNK]": 0} | {chr(31 + i): i for i in range(1, size)}
-    backend = Backend(backends.WordLevel(letters, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     config = dataclasses.replace(model.config, max_positions=4096, eos_ids=())
-    model = dataclasses.replace(model, config=config, tokenizer=Tokenizer(backend))
+    letters = Tokenizer.of_letters(config.vocab_size)
+    model = dataclasses.replace(model, config=config, tokenizer=letters)
     method = kvjax.methods.get("turboquant-3", head_dim=16, layout=LAYOUT)
     eviction = Eviction(Probe(), budget=128, block=64)
     settings = Settings(eviction, episodes=3, room=100, prompt=256)
@@ -316,6 +310,11 @@ def test_mistakes(reader, memory):
         cache_of(memory, [3])
     with pytest.raises(InputError, match="numbers from 0 to 2"):
         cache_of(memory, [])
+    with pytest.raises(InputError, match="at most 100 tokens; expected 228 or more, for 3 medoids"):
+        _prompt(with_settings(reader, prompt=100), ["tea " * 30] * 3)
+    for name in ("episodes", "medoids", "prompt", "room"):
+        with pytest.raises(InputError, match=f"{name}: got 0; expected 1 or more"):
+            with_settings(reader, **{name: 0})
     bare = dataclasses.replace(reader.model, tokenizer=None)
     with pytest.raises(InputError, match="got no tokenizer"):
         Reader.create(bare, reader.plan.methods[0], topics_in, reader.settings)
@@ -331,7 +330,10 @@ def test_fit_is_scores():
     moved = joined(index, unit(8).astype(np.float32), 0)
     members = np.asarray(moved.segments)[np.asarray(moved.labels) == 0]
     np.testing.assert_allclose(moved.centroids[0], members.mean(0), atol=1e-6)
+    nowhere = joined(index, -np.asarray(index.segments)[-1], 3)  # its centroid has no direction
+    assert not np.asarray(nowhere.centroids)[3].any()
     query = unit(8).astype(np.float32)
+    assert fit(nowhere, query, "cosine")[3] == scores(nowhere, query)[3] == 0
     for how in ("cosine", "dot", "segments"):
         np.testing.assert_allclose(fit(moved, query, how), scores(moved, query, how), atol=1e-6)
     with pytest.raises(InputError, match="one of cosine, dot, segments"):

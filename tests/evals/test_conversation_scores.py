@@ -10,19 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import models as backends
-from tokenizers import pre_tokenizers
 
+from kvjax.cache import cache_bytes
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.episodes import Conversation, Question, Utterance, create
 from kvjax.episodes.prompt import context, question_prompt
-from kvjax.episodes.routing import evaluate
 from kvjax.evals.conversation_caches import (
     evidence_inside,
     exact_caches,
-    exact_layout,
+    exact_plan,
     full_bytes,
     judge,
     read_whole,
@@ -40,12 +37,12 @@ from kvjax.evals.conversations import (
     ratio_and_error,
     talk,
 )
-from kvjax.generate.evict import ProbePrompt, pack_all, take_history
+from kvjax.evals.text import load_readable
+from kvjax.generate.evict import ProbePrompt, pack_all, packed_shapes, take_history
 from kvjax.generate.plan import make_plan
 from kvjax.methods import get
 from kvjax.models.causal import forward
-from kvjax.models.load import Model, load
-from kvjax.models.tokenizer import Tokenizer
+from kvjax.models.load import Model
 from kvjax.policies import Eviction, Probe
 
 TINY = Path(__file__).parents[1] / "models" / "tiny" / "llama"
@@ -54,16 +51,12 @@ LAYOUT = Layout(sink=4, recent=16, page=16)
 
 @functools.cache
 def model() -> Model:
-    found = load(TINY, dtype="float32")
-    config = dataclasses.replace(found.config, max_positions=4096)
-    letters = {"[UNK]": 0} | {chr(32 + i): i + 1 for i in range(config.vocab_size - 1)}
-    backend = Backend(backends.WordLevel(letters, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return dataclasses.replace(found, config=config, tokenizer=Tokenizer(backend))
+    return load_readable(str(TINY))
 
 
-def plan_of(layout: Layout = LAYOUT):
-    return make_plan(model().config, get("bf16", model().config.head_dim, layout=layout))
+@functools.cache
+def plan_of():
+    return make_plan(model().config, get("bf16", model().config.head_dim, layout=LAYOUT))
 
 
 def made(questions: tuple[Question, ...]) -> Conversation:
@@ -143,7 +136,7 @@ def test_answers_through_a_cache_are_those_of_the_whole_text():
     """Hidden states against one pass over history, question and answer; forks leave no trace."""
     page = LAYOUT.page
     room = -(-short().room // page) * page
-    plan = plan_of(exact_layout(len(short().history) + room, page))
+    plan = exact_plan(model().config, len(short().history) + room, page=page)
     caches = exact_caches(plan, model().params, short().history, room=room, dtype=jnp.float32)
     rows = [(1, 0), (0, 0), (1, 0)]
     found = answer(plan, model().params, caches, short(), rows, batch=2)
@@ -223,13 +216,19 @@ def test_a_history_that_was_read_whole_is_judged_like_one_block():
     )
 
 
+def test_a_history_beyond_the_block_is_refused():
+    eviction = Eviction(Probe(), budget=64, block=64)
+    with pytest.raises(InputError, match="got 65 tokens; expected 1 to 64"):
+        read_whole(plan_of(), model().params, eviction, short().history[:65])
+
+
 def test_bytes_by_hand():
     plan, config = plan_of(), model().config
-    eviction = Eviction(Probe(), budget=64, block=128)
+    eviction = Eviction(Probe(), budget=64, block=len(short().history))
     sets = sets_of(plan, eviction, list(short().questions[0]))
     two = jax.tree.map(lambda a: jnp.concatenate([a, a], 1), sets)
     caches = pack_all(plan, eviction, two, room=32)
-    active, total = state_bytes(plan, eviction, caches)
+    active, total = state_bytes(caches)
     assert total == sum(a.nbytes for a in jax.tree.leaves(caches))
     per_token = config.kv_heads * config.head_dim * 2 * 2  # K and V in bf16
     window, kept = 4 + 16 + 16, 48  # sink and ring; 64 - 4 - 16 as whole pages of 16
@@ -240,6 +239,10 @@ def test_bytes_by_hand():
     one = config.layers * ((window + tail * 16) * per_token + kept_bytes + numbers)
     used = 4 * config.layers  # whatever the batch
     assert (active, total) == (one + used, 2 * one + used)
+    pooled = dataclasses.replace(eviction, compete="layer")
+    single, both = (packed_shapes(plan, pooled, batch=b, tail=tail) for b in (1, 2))
+    assert both[0].kept.table is not None
+    assert state_bytes(both) == (state_bytes(single)[1], sum(map(cache_bytes, both)))
     n = 16 * 9 + 20
     full = config.layers * ((window + 9 * 16) * per_token + 4 * (window + 9 + 2))
     assert full_bytes(plan, n) == full
@@ -252,10 +255,8 @@ def test_routes_and_an_oracle():
     found = routes(index, x[[0, 2]], [(2, 3, 0), (0,)])  # asked of one, answered by the other
     assert found["cosine"].tolist() == found["segments"].tolist() == [a, b]
     assert found["oracle"].tolist() == [b, a]
-    for how in HOWS:
-        theirs = evaluate(index, x[[0, 2]], [(2, 3, 0), (0,)], how)
+    for how in HOWS:  # of the first question one of three pieces, of the second none
         ours = evidence_inside(index, found[how], [(2, 3, 0), (0,)])
-        for name, share in ours.items():
-            assert share == pytest.approx(getattr(theirs, name).mean())
+        assert ours == pytest.approx({"inside": 1 / 6, "chance": 1 / 2, "best": 5 / 6})
     best = evidence_inside(index, found["oracle"], [(2, 3, 0), (0,)])
     assert best["inside"] == best["best"] == pytest.approx(5 / 6)

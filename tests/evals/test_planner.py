@@ -1,6 +1,8 @@
 """Plans for many devices against what is really allocated on eight, and against hand-made sums."""
 
 import dataclasses
+import functools
+import math
 from pathlib import Path
 
 import jax
@@ -189,6 +191,12 @@ def test_meshes_that_are_refused():
         plan_layouts(CONFIG, method, TOY, 0, context=64)
     with pytest.raises(InputError, match="at most the 4096 positions"):
         plan_layouts(CONFIG, method, TOY, 8, context=4097)
+    plan = functools.partial(plan_layouts, CONFIG, method, TOY, 8, context=64)
+    for usable in (0.0, 1.1, math.nan):
+        with pytest.raises(InputError, match=f"usable {usable}"):
+            plan(usable=usable)
+    with pytest.raises(InputError, match="latency -1"):
+        plan(latency=-1.0)
 
 
 def test_kinds_of_devices():
@@ -198,5 +206,22 @@ def test_kinds_of_devices():
     for device in DEVICES:
         assert get_device(device.kind) is device
         assert device.network < device.link < device.bandwidth
-        assert device.speed(device.domain) == device.link
-        assert device.speed(device.domain + 1) == device.network
+        many = 3 * device.domain
+        assert device.speed(device.domain, many) == device.link
+        assert device.speed(device.domain + 1, many) == device.network
+
+
+def test_rings_across_the_end_of_a_node():
+    """12 devices in nodes of 8: of the spans of 6 the second is devices 6 to 11, in two nodes."""
+    assert H200.speed(4, 12) == H200.speed(6, 6) == H200.link
+    assert H200.speed(6, 12) == H200.speed(3, 12) == H200.network
+    links = {
+        rules.mesh.shape_tuple: link_seconds(CONFIG, rules, TOY, 6, latency=0.0)
+        for rules in meshes(CONFIG, 6)  # in nodes of 4
+        if rules.heads == 1
+    }
+    shape = lambda *n: tuple(zip(("data", "heads", "sequence"), n, strict=True))
+    merge = lambda b, n, link: 2 * 2 * (n - 1) / n * b * 8 * 34 * 4 / link  # two layers
+    assert links[shape(2, 1, 3)] == pytest.approx(merge(3, 3, 1e7))
+    assert links[shape(3, 1, 2)] == pytest.approx(merge(2, 2, 1e8))
+    assert links[shape(1, 1, 6)] == pytest.approx(merge(6, 6, 1e7))

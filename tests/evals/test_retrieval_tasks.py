@@ -208,6 +208,8 @@ def test_what_does_not_fit_is_said():
     for task in TASKS:
         with pytest.raises(InputError, match=r"length: got 12 tokens; expected at least \d+"):
             make(task, 12)
+    with pytest.raises(InputError, match="length: got -20 tokens; expected 1 or more"):
+        make("key_value", -20)
     with pytest.raises(InputError, match="give a longer text"):
         make("passkey", filler="One sentence. And two.")
     with pytest.raises(InputError, match="give a longer text"):
@@ -244,6 +246,7 @@ def test_rows_of_ruler(tmp_path):
         '{"input": "a", "outputs": ["b"]}',
         '{"input": "a\\nb", "outputs": "b"}',
         '{"input": "a\\nb", "outputs": []}',
+        '{"input": "a\\nb", "outputs": [""]}',
     ):
         path.write_text(json.dumps(rows[0]) + "\n" + bad + "\n")
         with pytest.raises(InputError, match=r"line 2: got .*outputs"):

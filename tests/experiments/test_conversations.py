@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import struct
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import jax
 import numpy as np
 import pytest
+import tiny_runs
+from tiny_runs import ROOT, lines, png_size
 
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import same
@@ -20,32 +16,22 @@ from kvjax.episodes.memory import Reader, Settings, build
 from kvjax.evals.text import load_readable
 from kvjax.generate.evict import pack_all
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("cases", "session", "bench", "report")
 STAMP = {"git": "abc", "device": "cpu"}
-BYTES = ("active_bytes", "total_bytes", "peak_bytes", "full_bytes")
-
-
-def load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and the other modules look it up
-    spec.loader.exec_module(module)
-    return module
+run = functools.partial(tiny_runs.run, "conversations")
 
 
 @pytest.fixture(scope="module")
 def modules():
     """The modules of the experiment, by what comes after `conversations_`."""
     names = [f"conversations_{name}" for name in NAMES]
-    yield {n: load(f, ROOT / "experiments" / f"{f}.py") for n, f in zip(NAMES, names, strict=True)}
-    for name in names:
-        del sys.modules[name]
+    with tiny_runs.modules("frontier_cases", *names) as (_, *found):
+        yield dict(zip(NAMES, found, strict=True))
 
 
 @pytest.fixture(scope="module")
 def config():
-    found = load("conversations_config", ROOT / "configs" / "conversations.py").get_config("tiny")
+    found = tiny_runs.tiny_config("conversations")
     found.model = str(ROOT / found.model)
     return found
 
@@ -62,10 +48,6 @@ def rows(modules, bench):
     cases = [modules["cases"].parse_case(name) for name in bench.config.cases]
     assert bench.run(modules["cases"].made_up("a"), cases) == []
     return lines(bench.path)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_line_for_every_case_and_code(rows, config):
@@ -113,7 +95,7 @@ def test_a_rerun_measures_only_what_is_missing(rows, modules, bench, capsys):
     printed = capsys.readouterr().out
     assert "a: 2 of 3 are there" in printed
     assert "episodes" not in printed
-    again = modules["cases"].read_rows(bench.path)
+    again = modules["bench"].read_rows(bench.path)
     assert [row["case"] for row in again] == ["episodes", "episodes", "snapkv"]
     numbers = [np.array(r["routes"]["only"]["kl"]) for r in (again[2], rows[2])]
     np.testing.assert_allclose(*numbers, rtol=1e-5)
@@ -147,8 +129,7 @@ def test_tables_and_a_picture(rows, modules):
     ):
         assert words in tables
     picture = report.conversations_png(rows)
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", picture[16:24])[0] == 1600
+    assert png_size(picture)[0] == 1600
     assert report.conversations_png([]).startswith(b"\x89PNG")
     assert report.print_tables([]) == ""
 
@@ -204,22 +185,3 @@ def test_a_conversation_without_answers_is_refused(tmp_path):
     done = run(tmp_path, f"--config.data={path}", "--config.conversations=('talk',)")
     assert done.returncode != 0
     assert "talk: got no question that the first 2 utterances answer" in done.stderr
-
-
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [
-            *(sys.executable, "experiments/conversations.py"),
-            *("--config=configs/conversations.py:tiny", f"--config.out={folder}", *options),
-        ],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )

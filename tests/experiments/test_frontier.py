@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
+from tiny_runs import lines, png_size
 
 from kvjax.core.errors import InputError
 
-ROOT = Path(__file__).parents[2]
 ROW = {
     "part", "model", "method", "calibration", "text", "seed", "layout", "bits_per_value",
     "bits_per_value_total", "kl", "kl_se", "kl_windows", "ppl", "full_ppl", "top1", "logit_db",
@@ -24,45 +20,20 @@ ROW = {
 CASES = 13  # 4 frontier, 6 transfer, 2 seeds, 1 positions
 
 
-def load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def modules():
     """frontier_cases, frontier_tables and frontier_plot."""
-    names = ("frontier_cases", "frontier_tables", "frontier_plot")
-    yield [load(name, ROOT / "experiments" / f"{name}.py") for name in names]
-    for name in names:
-        del sys.modules[name]
+    with tiny_runs.modules("frontier_cases", "frontier_tables", "frontier_plot") as found:
+        yield found
 
 
 @pytest.fixture
 def config():
-    return load("frontier_config", ROOT / "configs" / "frontier.py").get_config("tiny")
+    return tiny_runs.tiny_config("frontier")
 
 
 def run(folder: Path, *options: str) -> str:
-    done = subprocess.run(
-        [
-            *(sys.executable, "experiments/frontier.py", "--config=configs/frontier.py:tiny"),
-            *(f"--config.out={folder}", *options),
-        ],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = tiny_runs.run("frontier", folder, *options)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -73,21 +44,10 @@ def first(tmp_path_factory) -> tuple[Path, str]:
     return folder, run(folder)
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert data[-8:-4] == b"IEND"
-    return struct.unpack(">II", data[16:24])
-
-
 @pytest.mark.slow
 def test_a_line_for_every_measurement(first):
     folder, printed = first
-    rows = lines(folder)
+    rows = lines(folder / "metrics.jsonl")
     assert len(rows) == CASES
     assert f"0 of {CASES} are there" in printed
     for row in rows:
@@ -113,7 +73,7 @@ def test_what_it_writes(first):
     names = {"config.json", "stamp.json", "metrics.jsonl", "tables.txt", "frontier.png"}
     assert names <= {path.name for path in folder.iterdir()}
     assert len(list(folder.glob("calibration/*/moments.safetensors"))) == 3
-    assert png_size(folder / "frontier.png")[0] == 1600
+    assert png_size((folder / "frontier.png").read_bytes())[0] == 1600
     tables = (folder / "tables.txt").read_text()
     for words in ("turboquant-2", "calibrated on", "KL over seeds", "KL by position"):
         assert words in tables
@@ -145,7 +105,7 @@ def test_only_the_picture(first):
     folder, _ = first
     (folder / "frontier.png").unlink()
     assert "are there" not in run(folder, "--plot_only")
-    assert png_size(folder / "frontier.png")[0] == 1600
+    assert png_size((folder / "frontier.png").read_bytes())[0] == 1600
 
 
 def test_the_text_of_the_calibration_is_no_test(modules, config, tmp_path):

@@ -3,65 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
+from tiny_runs import lines, png_size
 
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.models.config import known_configs
 from kvjax.policies import Probe
 
-ROOT = Path(__file__).parents[2]
-MODULES = ("tokens_cases", "tokens_tables", "tokens_plot")
 CASES = 6  # 4 fidelity, 2 retrieval
-
-
-def load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def modules():
-    yield [load(name, ROOT / "experiments" / f"{name}.py") for name in MODULES]
-    for name in MODULES:
-        del sys.modules[name]
+    """tokens_cases, tokens_tables and tokens_plot."""
+    with tiny_runs.modules("tokens_cases", "tokens_tables", "tokens_plot") as found:
+        yield found
 
 
 @pytest.fixture
 def config():
-    found = load("tokens_config", ROOT / "configs" / "tokens.py").get_config("tiny")
-    del sys.modules["tokens_config"]
-    return found
+    return tiny_runs.tiny_config("tokens")
 
 
 def run(folder: Path, *options: str) -> str:
-    done = subprocess.run(
-        [
-            *(sys.executable, "experiments/tokens.py", "--config=configs/tokens.py:tiny"),
-            *(f"--config.out={folder}", *options),
-        ],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = tiny_runs.run("tokens", folder, *options)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -72,20 +42,10 @@ def first(tmp_path_factory) -> tuple[Path, str]:
     return folder, run(folder)
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", data[16:24])
-
-
 @pytest.mark.slow
 def test_a_line_for_every_measurement(first):
     folder, printed = first
-    rows = lines(folder)
+    rows = lines(folder / "metrics.jsonl")
     assert len(rows) == CASES
     assert f"0 of {CASES} are there" in printed
     found = {(r["policy"], r["method"]): r for r in rows if r["part"] == "fidelity"}
@@ -106,8 +66,8 @@ def test_a_line_for_every_measurement(first):
 @pytest.mark.slow
 def test_what_it_writes(first):
     folder, printed = first
-    assert png_size(folder / "pareto.png") == (1400, 850)
-    assert png_size(folder / "retrieval.png")[0] > 600
+    assert png_size((folder / "pareto.png").read_bytes()) == (1400, 850)
+    assert png_size((folder / "retrieval.png").read_bytes())[0] > 600
     tables = (folder / "tables.txt").read_text()
     for words in ("streaming", "kvzip", "bytes/bf16", "passkey", "the question not seen"):
         assert words in tables
@@ -131,7 +91,7 @@ def test_a_rerun_measures_only_what_is_missing(first):
     assert again["kl"] == pytest.approx(was["kl"], rel=1e-3)
     (folder / "pareto.png").unlink()
     assert "are there" not in run(folder, "--plot_only")
-    assert png_size(folder / "pareto.png") == (1400, 850)
+    assert png_size((folder / "pareto.png").read_bytes()) == (1400, 850)
 
 
 def keep_of(modules, policy: str, budget=512, history=2048, model="smollm2-135m"):
@@ -190,9 +150,22 @@ def test_every_setting_decides(modules):
 
 
 def test_only_lines_of_the_settings(modules):
-    rows = [{"part": "fidelity", "seed": seed, "policy": "h2o", "n": seed} for seed in (0, 1)]
-    rows += [{"part": "fidelity", "seed": 1, "policy": "h2o", "n": 2}, {"part": "retrieval"}]
-    assert [row["n"] for row in modules[1].current(rows, {"fidelity": {"seed": 1}})] == [2]
+    row = {"part": "fidelity", "method": "int2", "policy": "h2o", "n": 0}
+    rows = [row | {"seed": seed, "n": seed} for seed in (0, 1)]
+    rows += [row | {"seed": 1, "n": 2}, row | {"part": "retrieval"}]
+    current = lambda rows, part, **about: [r["n"] for r in modules[1].current(rows, {part: about})]
+    assert current(rows, "fidelity", seed=1) == [2]
+
+    # What was measured on another text, at other depths or by another calibration is left out,
+    # but for cases that have no part in them.
+    row |= {"part": "retrieval", "calibration": None}
+    of = lambda n, task, text, *depths: row | {"n": n, "task": task, "text": text, "depths": depths}
+    rows = [of(0, "passkey", "a", 0.5), of(1, "passkey", None, 0.5), of(2, "passkey", "a", 0.9)]
+    rows += [of(3, "key_value", None, 0.5), of(4, "common_words", None) | {"depths": None}]
+    rows += [of(5, "passkey", "a", 0.5) | {"method": "klt-2", "calibration": c} for c in ("x", "y")]
+    about = {"text": "a", "depths": (0.5,), "calibration": "x"}
+    assert current(rows, "retrieval", **about) == [0, 3, 4, 5]
+    assert current(rows, "retrieval", **about | {"text": None}) == [1, 3, 4]
 
 
 def test_the_front_and_marks_side_by_side(modules):

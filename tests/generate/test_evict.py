@@ -16,7 +16,7 @@ from kvjax.cache.working_set import WorkingSet, evict, init_working_set, take_in
 from kvjax.codecs import Dense
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree
-from kvjax.generate import forward_block, generate, make_plan
+from kvjax.generate import forward_block, generate, make_plan, start, step
 from kvjax.generate.evict import (
     Keep,
     ProbePrompt,
@@ -29,7 +29,17 @@ from kvjax.generate.evict import (
 from kvjax.models.config import layer_runs
 from kvjax.models.decoder import decode_layers, logits
 from kvjax.models.load import load
-from kvjax.policies import H2O, Eviction, KeyNorm, Policy, Probe, Streaming
+from kvjax.policies import (
+    H2O,
+    Chunked,
+    Eviction,
+    KeyNorm,
+    Policy,
+    Probe,
+    SnapKV,
+    Streaming,
+    Tova,
+)
 
 TINY = Path(__file__).parents[1] / "models" / "tiny"
 LAYOUT = Layout(sink=2, recent=8, page=8)
@@ -310,6 +320,63 @@ def test_a_probe_judges_and_leaves_nothing(models):
     assert (kept[0] != kept[1]).any()
 
 
+def test_a_probe_of_one_token_leaves_nothing_either(models):
+    """Layers with a sliding window have another way to take in a single token."""
+    model = models["gemma3"]
+    plan = make_plan(model.config, EXACT)
+    eviction = Eviction(Probe(), budget=24, block=32)
+    caches = start_working(plan, eviction, batch=1)
+    ask = jnp.array([[5]])
+    _, after, _ = jax.jit(forward_block, static_argnames="probe")(
+        plan, model.params, caches, ask, jnp.array([1]), eviction=eviction, probe=True
+    )
+    assert [type(c) for c in after] == [type(c) for c in caches]
+    assert any(not isinstance(c, WorkingSet) for c in after)
+    for cache in after:
+        assert (cache.length == 0).all()
+        held = cache.positions if isinstance(cache, WorkingSet) else cache.window_positions
+        assert (held == -1).all()
+
+
+def test_a_sequence_that_ended_is_not_judged_again():
+    ask = lambda blocks, before: [[7, *block] for block in blocks]
+    rows, lengths = ProbePrompt(ask, longest=4).padded([[5, 6], []], [[1, 2], [3]])
+    assert rows[0].tolist() == [7, 5, 6, 0]
+    assert lengths.tolist() == [3, 0]
+
+
+def test_a_ragged_batch_packs_what_each_alone_would(models):
+    """Where heads share pages the last verdict trims them: that of the last block with tokens."""
+    model = models["llama"]
+    plan = make_plan(model.config, EXACT)
+    prompts = histories(model, 150, 82)
+    eviction = Eviction(SnapKV(window=8), budget=42, block=32, compete="layer")
+
+    def packed(some, row):
+        _, sets, _ = take_history(plan, model.params, some, eviction, dtype=jnp.float32)
+        caches = pack_all(plan, eviction, sets, room=8)
+        return [[sorted(p[p >= 0]) for p in of[row]] for _, of in packed_positions(plan, caches)]
+
+    together, alone = packed(prompts, 1), packed(prompts[1:], 0)
+    assert len(alone) == model.config.layers
+    assert together == alone
+
+
+def test_merged_runs_leave_windows_alone():
+    """A budget of just the windows has no run for all the rest: it would take a recent token."""
+    layout, length = Layout(sink=4, recent=8, page=8), 67
+    tight, roomy = (Eviction(H2O(), budget=n, block=length, merge="runs") for n in (19, 20))
+    with pytest.raises(InputError, match=r"at least the 20 that .* 15 recent, a run of all others"):
+        tight.check(1, layout)
+    roomy.check(1, layout)
+    tokens = init_working_set(roomy, kv_heads=1, queries=1, head_dim=8, dtype=jnp.float32)
+    k = jnp.asarray(np.random.default_rng(0).normal(size=(1, length, 1, 8)), jnp.float32)
+    _, tokens = take_in(roomy, tokens, k[:, :, :, None], k, k, frequencies=jnp.ones(4))
+    (tokens,) = evict(roomy, (tokens,), layout)
+    single = np.asarray(tokens.positions)[np.asarray(tokens.weight) == 1]
+    assert {0, 1, 2, 3, *range(52, 67)} <= set(single.tolist())
+
+
 def test_merged_runs_hold_the_budget_and_all_tokens(models):
     """Weights count every token of the history; without any to spare, merging changes nothing."""
     model = models["llama"]
@@ -377,13 +444,37 @@ def test_bad_evictions(models):
         Eviction(KeyNorm(), budget=64, compete="all")
     with pytest.raises(InputError, match="floor of 0 to 1"):
         Eviction(KeyNorm(), budget=64, spread=0.5)
+    for budget in (0.5, 64.0, True, None, "64", (), (64, 0.5, 64)):
+        with pytest.raises(InputError, match="whole numbers"):
+            Eviction(KeyNorm(), budget=budget)
+    assert Eviction(KeyNorm(), budget=np.int64(64)).slots == 64
+    with pytest.raises(InputError, match="policy: got 'snapkv'"):
+        Eviction("snapkv", budget=64)
+    for compete in ("layer", "model"):
+        with pytest.raises(InputError, match=f"got '{compete}' with Tova; expected head"):
+            Eviction(Tova(), budget=64, compete=compete)
     with pytest.raises(InputError, match="hold equally many runs"):
         Eviction(H2O(), budget=64, merge="runs", compete="layer")
     with pytest.raises(InputError, match="got values with KeyNorm and no key"):
         Eviction(KeyNorm(), budget=64, merge="values")
+    for policy in (Chunked(KeyNorm()), Probe(remember=True)):  # they note no attention
+        with pytest.raises(InputError, match="a policy that gathers attention"):
+            Eviction(policy, budget=64, merge="values", rng=jax.random.key(0))
+    Eviction(Chunked(H2O()), budget=64, merge="values", rng=jax.random.key(0))
     with pytest.raises(InputError, match="without a probe"):
         take_history(plan, model.params, histories(model, 9), Eviction(Probe(), budget=64))
     with pytest.raises(InputError, match="history: got no tokens"):
         take_history(plan, model.params, [[]], Eviction(KeyNorm(), budget=64))
     with pytest.raises(InputError, match="got 5000 tokens; expected at most the 4096 positions"):
         take_history(plan, model.params, [[5] * 5000], Eviction(KeyNorm(), budget=64))
+    made, other = (Eviction(KeyNorm(), budget=64, block=n) for n in (32, 48))
+    for prompts, eviction in (([[5] * 70], other), ([[5]] * 2, made)):
+        caches = start_working(plan, made, batch=1)
+        with pytest.raises(InputError, match="caches: got batch 1, 64 slots and blocks of 32"):
+            take_history(plan, model.params, prompts, eviction, caches=caches)
+    wide = dataclasses.replace(EXACT, layout=Layout(sink=2, recent=16, page=8))
+    with pytest.raises(InputError, match="one layout for all"):
+        start_working(make_plan(model.config, [EXACT, wide, EXACT]), made, batch=1)
+    state = start(plan, model.params, [[5] * 9], max_new=2, keep=Keep(made, pack=False))
+    with pytest.raises(InputError, match="eviction: got none, with working sets"):
+        step(plan, model.params, state)

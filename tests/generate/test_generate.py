@@ -206,3 +206,29 @@ def test_prompts_that_do_not_fit(llama):
     long = [3] * llama.config.max_positions
     with pytest.raises(InputError, match="the model's positions; shorten the prompt"):
         start(plan, llama.params, [long], max_new=4)
+    vocab = llama.config.vocab_size
+    for prompts, told in (
+        ([], "prompt: got no tokens"),
+        ([5, 6], "a list of token ids for each sequence"),
+        ([[5.0, 6.0]], "got float64 of shape"),
+        ([[5], [6, vocab]], f"got token {vocab} in sequence 1; expected 0 to {vocab - 1}"),
+        ([[-1]], "got token -1 in sequence 0"),
+    ):
+        with pytest.raises(InputError, match=told):
+            start(plan, llama.params, prompts, max_new=4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"max_new": 0}, "max_new: got 0; expected 1 token or more"),
+        ({"block": 0}, "block: got 0"),
+        ({"temperature": -1.0}, "temperature: got -1.0; expected 0 or more"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": 1.0}, "rng: got none; expected a key"),
+    ],
+)
+def test_numbers_that_make_no_sense(llama, wrong, told):
+    plan = make_plan(llama.config, EXACT)
+    with pytest.raises(InputError, match=told):
+        generate(plan, llama.params, [[5]], **{"max_new": 4, **wrong})

@@ -91,7 +91,7 @@ for processes, n, devices in (2, 1, 1), (2, 0, 1), (1, 0, 3), (1, 0, 3):
     try:
         start("127.0.0.1:{free_port()}", processes, n, local_devices=devices, timeout=0.5)
         import jax
-        print(len(jax.devices()), start_from_environment())
+        print(len(jax.devices()), start_from_environment(), jax.config._read("jax_cuda_visible_devices"))
     except ValueError as error:
         print(error)
 """
@@ -104,7 +104,7 @@ for processes, n, devices in (2, 1, 1), (2, 0, 1), (1, 0, 3), (1, 0, 3):
     ).stdout.splitlines()
     assert re.match(r"coordinator 127.0.0.1:\d+: got nobody there for 0.5 s \(.+\); exp", told[0])
     assert "processes: got nothing from 1 of 0 to 1 for 0.5 s; expected all of them" in told[1]
-    assert told[2] == "3 False"
+    assert told[2] == "3 False 0,1,2"  # GPUs too, had there been more than three
     assert "start: got a jax that has its devices already" in told[3]
 
 
@@ -177,6 +177,7 @@ def test_mistakes_are_told():
         ((here, 2, -1), "process_id: got -1"),
         ((here, 2, 0, 0), "local_devices: got 0"),
         ((here, 2, 0, 1, 0.0), "timeout: got 0.0"),
+        ((here, 2, 0, 1, float("inf")), "timeout: got inf; expected seconds, above 0 and up to"),
         ((here, 2, 0), "start: got a jax that has its devices already"),
     ):
         jax.devices()
@@ -196,3 +197,5 @@ def test_fetch_of_one_process():
     found = fetch({"a": jax.numpy.arange(3), "b": np.ones(2)})
     assert isinstance(found["a"], np.ndarray)
     np.testing.assert_array_equal(found["a"], [0, 1, 2])
+    key = jax.random.key(5)
+    np.testing.assert_array_equal(fetch(key), jax.random.key_data(key))

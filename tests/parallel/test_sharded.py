@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Layout
+from kvjax import Layout, Method
+from kvjax.codecs import Centered, Linear, Orthogonal, Uniform
 from kvjax.core.errors import InputError
 from kvjax.generate import forward_block, generate, init_caches, make_plan
 from kvjax.methods import RECIPES
@@ -97,6 +98,30 @@ def test_logits_are_those_of_one_device(mesh, params):
     assert pages.addressable_shards[0].data.shape[3] * sequence == pages.shape[3]
 
 
+def test_a_window_and_arrays_by_head(params):
+    """Pages of a sliding window used in turn, and arrays that differ by KV head where every head
+    is on two devices. One layer, of which all devices encode the very same keys."""
+    config = dataclasses.replace(CONFIG, layers=1, kv_heads=2, windows=(40,))
+    layer = jax.tree.map(lambda a: a[:1], params.runs[0])
+    layer = dataclasses.replace(layer, wk=layer.wk[..., :64], wv=layer.wv[..., :64])
+    own = dataclasses.replace(params, runs=(layer,))
+    draw = np.random.default_rng(0)
+    mean = jnp.asarray(draw.normal(size=(2, 1, 1, 32)), jnp.float32)
+    turns = jnp.asarray(np.linalg.qr(draw.normal(size=(2, 1, 32, 32)))[0], jnp.float32)
+    codec = Centered(mean, Linear(Orthogonal(turns), Uniform(2)))
+    methods = (Method(codec, codec, Layout(sink=4, recent=16, page=16)),)
+    tokens = draw.integers(0, config.vocab_size, (2, 160), dtype=np.int32)
+    found = []
+    for rules in None, ShardingRules(make_mesh(1, 4, 2)):
+        plan = make_plan(config, methods, rules=rules)
+        placed = own if rules is None else place_params(rules, own, config)
+        caches = init_caches(plan, batch=2, capacity=200, dtype=jnp.float32)
+        hidden, caches, _ = jax.jit(forward_block)(plan, placed, caches, tokens)
+        found.append(np.asarray(hidden))
+        assert caches[0].page_starts.shape[2] < caches[0].packed.min()  # so some were used again
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_recipes_on_all_axes(name, params):
     method = kvjax.methods.get(name, head_dim=32, layout=LAYOUT)
@@ -148,7 +173,9 @@ def test_collectives_of_a_step(capacity, params):
     args = (plan, place_params(rules, params, CONFIG), caches, jnp.zeros((2, 1), jnp.int32))
     compiled = step.lower(*args).compile()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    found = re.findall(rf"= (\S+?)\{{\S* (?:{kinds})\(", compiled.as_text())
+    text = compiled.as_text() or ""
+    found = re.findall(rf"= (\S+?)\{{\S* (?:{kinds})\(", text)
+    assert len(found) == len(re.findall(rf"(?:{kinds})(?:-start)?\(", text))  # none is of tuples
     assert sorted(found) == [
         "f32[1,1,48]",  # what attention adds, over heads
         "f32[1,2,2,33]",  # outputs and weights, over sequence: [b, h, g, d + 1]
@@ -171,10 +198,14 @@ def test_meshes_that_do_not_divide(params):
     plan = make_plan(CONFIG, get("int4"), rules=rules(8, 1, 1))
     with pytest.raises(InputError, match="3 sequences over 8 devices"):
         init_caches(plan, batch=3, capacity=100)
+    for shards, axis in (0, None), (2, None):
+        with pytest.raises(InputError, match=f"shards: got {shards}, axis None"):
+            kvjax.init(get("int4"), capacity=9, kv_heads=1, head_dim=32, shards=shards, axis=axis)
     with pytest.raises(InputError, match="over all heads"):
         make_plan(CONFIG, get("oscar-canalized-4"), rules=rules(1, 2, 1))
-    with pytest.raises(InputError, match="shared pool"):
-        make_plan(CONFIG, get("int4", pool=9), rules=rules(2, 1, 1))
+    for shape in (1, 1, 1), (2, 1, 1):
+        with pytest.raises(InputError, match="shared pool"):
+            make_plan(CONFIG, get("int4", pool=9), rules=rules(*shape))
     seven = dataclasses.replace(CONFIG, q_heads=14, kv_heads=7)
     with pytest.raises(InputError, match="width 64 over 7"):
         make_plan(seven, get("int4"), rules=rules(1, 7, 1, mlp="heads"))

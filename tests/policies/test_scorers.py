@@ -317,6 +317,9 @@ def test_weighted_adds_ranks(quick_jit):
     assert Weighted(((Tova(), 1.0), (SnapKV(window=5), 1.0))).shared
     with pytest.raises(InputError, match="each of another kind"):
         Weighted(((KeyNorm(), 1.0), (KeyNorm(), 2.0)))
+    for other in (Probe(remember=True), Chunked(H2O())):  # both would write what H2O adds up
+        with pytest.raises(InputError, match="one at most that notes something of every token"):
+            Weighted(((H2O(), 1.0), (KeyNorm(), 1.0), (other, 1.0)))
 
 
 def test_a_probe_may_remember(quick_jit):
