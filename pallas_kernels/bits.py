@@ -36,6 +36,17 @@ def base(bits: int, unit: int, unit_bits: int) -> tuple[int, int]:
     return down, at - down
 
 
+def unit_order(bits: int, unit_bits: int) -> list[int]:
+    """Units in the order of their words in memory, so that words in registers die early.
+
+    Example:
+      >>> unit_order(4, unit_bits=2)
+      [0, 2, 4, 6, 1, 3, 5, 7]
+    """
+    stretches = widths(bits)[0] // unit_bits
+    return sorted(range(16 // unit_bits), key=lambda unit: (unit % stretches, unit))
+
+
 def term_offset(block: Block, term: Term) -> int:
     """A term's operand is `2**offset` times too large: its bit lies above the unit's first."""
     inside = len(term.bits) == 1 and term.bits[0] < block.widths[0]

@@ -7,7 +7,6 @@ Scales of tokens multiply logits and weights, scales of channels the query, once
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from typing import Any
@@ -19,21 +18,16 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import asm
 from pallas_kernels._call import Backend, call
-from pallas_kernels.bits import base
-from pallas_kernels.packed import Packed, Part, size, terms
+from pallas_kernels.packed import Packed, size
 from pallas_kernels.packed_decode.config import Config, heuristic
-from pallas_kernels.packed_decode.operands import (
-    Query,
-    chunks,
-    prepare_queries,
-    prepare_values,
-)
+from pallas_kernels.packed_decode.logits import unit_logits
+from pallas_kernels.packed_decode.operands import chunks, prepare_queries, prepare_values
 from pallas_kernels.packed_decode.read import Plan, Reader
+from pallas_kernels.packed_decode.values import add_values, empty_sum, write_sum
 
 Array = jax.Array
 
 EMPTY = -1e30  # a logit of nothing: finite, so that differences are 0 and not NaN
-HEADROOM = -9  # values' accumulators hold 2**HEADROOM of the sum: fp16 weights reach 2**15
 
 
 def packed_decode(
@@ -89,6 +83,7 @@ def packed_decode(
         slots=slots,
         splits=config.splits,
         window=window,
+        channels=config.channels,
         native=backend == "triton",
     )
     columns = 8 if g <= 8 else 16
@@ -99,7 +94,7 @@ def packed_decode(
         "table": None if table is None else jnp.clip(table, 0, leaf.shape[1] - 1).astype(jnp.int32),
         "starts": starts if window is not None else None,
         "position": position if window is not None else None,
-        "queries": prepare_queries(q, key, columns),
+        "queries": prepare_queries(q, key, columns, config.channels),
         "weights": prepare_values(value),
         "key": key,
         "value": value,
@@ -110,7 +105,7 @@ def packed_decode(
             [
                 [
                     jax.ShapeDtypeStruct((*shape, c.size, columns), jnp.float32)
-                    for c in chunks(block)
+                    for c in chunks(block, config.channels)
                 ]
                 for block in part.blocks
             ]
@@ -119,7 +114,7 @@ def packed_decode(
         "lse": jax.ShapeDtypeStruct((*shape, columns), jnp.float32),
     }
     result = call(
-        functools.partial(_body, plan=plan, codebooks=_codebooks(key, value)),
+        functools.partial(_body, plan=plan),
         args,
         name="packed_decode",
         grid=shape,
@@ -128,7 +123,7 @@ def packed_decode(
         warps=config.warps,
         stages=config.stages,
     )
-    return _merge_splits(result, value, g)
+    return _merge_splits(result, value, g, config.channels)
 
 
 def why_not(q: Array, key: Packed, value: Packed, *, page: int) -> str | None:
@@ -159,11 +154,10 @@ def why_not(q: Array, key: Packed, value: Packed, *, page: int) -> str | None:
     return None
 
 
-def _body(args: dict[str, Any], out: dict[str, Any], *, plan: Plan, codebooks) -> None:
+def _body(args: dict[str, Any], out: dict[str, Any], *, plan: Plan) -> None:
     b, h, split = (pl.program_id(i) for i in range(3))
-    layer = args["layer"][0]
     length = args["lengths"][b, h]
-    reader = Reader(args, plan, layer, b, h)
+    reader = Reader(args, plan, args["layer"][0], b, h)
     steps = pl.cdiv(length, plan.step)
     share = pl.cdiv(steps, plan.splits)
     first = split * share
@@ -172,21 +166,10 @@ def _body(args: dict[str, Any], out: dict[str, Any], *, plan: Plan, codebooks) -
     middle = jnp.clip(whole, first, jnp.maximum(last, first))
 
     columns = args["queries"][0].const.shape[-1]
+    parts = [empty_sum(reader, part, columns) for part in args["value"]]
     tile = jnp.zeros((plan.together * plan.rows, columns), jnp.float32)
-    parts = [
-        ValueSum(
-            largest=jnp.float32(1.0 if part.token_scale is None else 1e-30),
-            const=tile,
-            zero=tile,
-            out=[
-                [jnp.zeros((c.size, columns), jnp.float32) for c in chunks(block)]
-                for block in part.blocks
-            ],
-        )
-        for part in args["value"]
-    ]
     carry = (jnp.full((columns,), EMPTY, jnp.float32), tile, parts)
-    step = functools.partial(_step, reader, args, plan, codebooks, length)
+    step = functools.partial(_step, reader, length)
     carry = jax.lax.fori_loop(first, middle, functools.partial(step, masked=False), carry)
     carry = jax.lax.fori_loop(middle, last, functools.partial(step, masked=True), carry)
     top, total, parts = carry
@@ -194,169 +177,32 @@ def _body(args: dict[str, Any], out: dict[str, Any], *, plan: Plan, codebooks) -
     total = total.sum(0)
     seen = jnp.where(total == 0, 1.0, total)
     out["lse"][b, h, split, :] = jnp.where(total == 0, EMPTY, top + jnp.log2(seen))
-    for i, part in enumerate(parts):
-        zero = part.zero.sum(0) / seen
-        mass = part.const.sum(0) * part.largest / seen
-        for j, block in enumerate(part.out):
-            weights = args["weights"][i][j]
-            count = weights.shape[0]
-            scale = weights[count - 2] * (2.0**-HEADROOM * part.largest) / seen
-            shift = weights[count - 1] * mass + zero
-            for k, acc in enumerate(block):
-                out["out"][i][j][k][b, h, split, :, :] = acc * scale[None, :] + shift[None, :]
+    for part, weights, refs in zip(parts, args["weights"], out["out"], strict=True):
+        write_sum(part, weights, seen, refs, (b, h, split))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ValueSum:
-    """Running sums of one part of the values.
-
-    Attributes:
-      largest: of the token scales met; `const` and `out` are in units of it.
-      const, zero: `[rows, n]`, weights times scales, and times zero points, summed over units.
-      out: per block and chunk `[channels, n]`.
-    """
-
-    largest: Array
-    const: Array
-    zero: Array
-    out: list[list[Array]]
-
-
-def _step(reader, args, plan, codebooks, length, i, carry, *, masked: bool):
+def _step(reader: Reader, length: Array, i: Array, carry, *, masked: bool):
+    args, plan = reader.args, reader.plan
     top, total, parts = carry
     where = reader.step(i)
-    logits = _logits(reader, args, plan, codebooks, where)
+    logits = unit_logits(reader, where, args["key"], args["queries"])
     if masked:
         valid = [where.visible(u, length) for u in range(plan.units)]
         logits = [jnp.where(v[:, None], s, EMPTY) for v, s in zip(valid, logits, strict=True)]
     new_top = jnp.maximum(top, functools.reduce(jnp.maximum, logits).max(0))
     fade = jnp.exp2(top - new_top)
     p = [asm.exp2(s - new_top[None, :], plan.native) for s in logits]
-    if masked:
+    if masked:  # a unit of which nothing is seen has its own empty logits for the largest
         p = [jnp.where(v[:, None], x, 0.0) for v, x in zip(valid, p, strict=True)]
     total = total * fade[None, :] + functools.reduce(operator.add, p)
-    parts = [
-        _add_values(reader, args, plan, codebooks, where, i, part, p, fade)
-        for i, part in enumerate(parts)
-    ]
+    each = zip(args["value"], args["weights"], parts, strict=True)
+    parts = [add_values(reader, where, *mine, p, fade) for mine in each]
     return new_top, total, parts
 
 
-def _logits(reader, args, plan, codebooks, where) -> list[Array]:
-    """Base-2 logits of every unit, `[rows, n]`."""
-    logits: list[Array] = []
-    for i, part in enumerate(args["key"]):
-        query: Query = args["queries"][i]
-        scale = query.scale[reader.b, reader.h]
-        const = query.const[reader.b, reader.h, :] if codebooks["key_const"][i] else None
-        operands = None
-        if part.channel_scale is not None:
-            operands, scale, const = _scaled_query(reader, where, part, query, scale)
-        words = [
-            [reader.words(where, block, c, transposed=False) for c in chunks(block)]
-            for block in part.blocks
-        ]
-        for u in range(plan.units):
-            sums: dict[int, Array] = {}
-            for j, block in enumerate(part.blocks):
-                e = base(block.bits, u, plan.unit_bits)[1]
-                for k in range(len(words[j])):
-                    for t, y in enumerate(words[j][k].operands(u)):
-                        q = (
-                            query.terms[j][k][reader.b, reader.h, t, :, :]
-                            if operands is None
-                            else operands[j][k][t]
-                        )
-                        s = jnp.dot(y, q, preferred_element_type=jnp.float32)
-                        sums[e] = s if e not in sums else sums[e] + s
-            s = functools.reduce(
-                operator.add, [x * (np.float32(2.0 ** (24 - e)) * scale) for e, x in sums.items()]
-            )
-            if const is not None:
-                s = s + const[None, :]
-            if part.token_scale is not None:
-                s = s * where.tokens(part.token_scale, part.column, u)[:, None]
-            if part.token_zero is not None:
-                zero = where.tokens(part.token_zero, part.column, u)[:, None]
-                s = asm.fma(zero, query.total[reader.b, reader.h, :][None, :], s, plan.native)
-            if i == 0:
-                logits.append(s)
-            else:
-                logits[u] = logits[u] + s
-    return logits
-
-
-def _scaled_query(reader, where, part: Part, query: Query, scale):
-    """The query times the scales of a page's channels, in fp16, over the largest of them."""
-    scales, zeros, start = [], [], 0
-    for block in part.blocks:
-        for c in chunks(block):
-            scales.append(where.channels(part.channel_scale, start, c))
-            if part.channel_zero is not None:
-                zeros.append(where.channels(part.channel_zero, start, c))
-            start += c.used
-    largest = functools.reduce(jnp.maximum, [jnp.abs(s).max(0) for s in scales])
-    largest = jnp.maximum(largest, 1e-30)
-    const, at = None, 0
-    operands: list[list[list[Array]]] = []
-    for j, block in enumerate(part.blocks):
-        operands.append([])
-        for k in range(len(chunks(block))):
-            bare = query.terms[j][k][reader.b, reader.h, 0, :, :]
-            times = bare * (scales[at] / largest)[:, None]
-            offset = None
-            if part.channel_zero is not None:
-                offset = (bare * zeros[at][:, None]).sum(0)
-            if block.offset:
-                less = (times * (-block.offset * largest)).sum(0)
-                offset = less if offset is None else offset + less
-            if offset is not None:
-                const = offset if const is None else const + offset
-            operands[-1].append(
-                [(times * 2.0 ** t.bits[0]).astype(jnp.float16) for t in terms(block.bits, False)]
-            )
-            at += 1
-    return operands, scale * largest, None if const is None else const * scale
-
-
-def _add_values(reader, args, plan, codebooks, where, i, part: ValueSum, p, fade) -> ValueSum:
-    packed: Part = args["value"][i]
-    largest, const, zero = part.largest, part.const, part.zero
-    weighted = p
-    fade_out = fade
-    if packed.token_scale is not None:
-        scales = [where.tokens(packed.token_scale, packed.column, u) for u in range(plan.units)]
-        most = functools.reduce(jnp.maximum, [jnp.abs(s) for s in scales]).max(0)
-        largest = jnp.maximum(part.largest, most)
-        weighted = [x * (s / largest)[:, None] for x, s in zip(p, scales, strict=True)]
-        fade_out = fade * (part.largest / largest)
-    if codebooks["value_const"][i]:
-        const = const * fade_out[None, :] + functools.reduce(operator.add, weighted)
-    if packed.token_zero is not None:
-        zero = zero * fade[None, :]
-        for u, x in enumerate(p):
-            z = where.tokens(packed.token_zero, packed.column, u)
-            zero = asm.fma(x, z[:, None], zero, plan.native)
-    out = []
-    for j, block in enumerate(packed.blocks):
-        accs = [acc * fade_out[None, :] for acc in part.out[j]]
-        words = [reader.words(where, block, c, transposed=True) for c in chunks(block)]
-        weights = args["weights"][i][j]
-        for u in range(plan.units):
-            e = base(block.bits, u, plan.unit_bits)[1]
-            size = np.float32(2.0 ** (24 - e + HEADROOM))
-            count = weights.shape[0] - 2
-            dtype = jnp.bfloat16 if block.bits == 16 else jnp.float16
-            scaled = [(weighted[u] * (weights[t] * size)).astype(dtype) for t in range(count)]
-            for k in range(len(accs)):
-                for t, y in enumerate(words[k].operands(u)):
-                    accs[k] = accs[k] + jnp.dot(y, scaled[t], preferred_element_type=jnp.float32)
-        out.append(accs)
-    return ValueSum(largest, const, zero, out)
-
-
-def _merge_splits(result: dict[str, Any], value: Packed, g: int) -> tuple[Array, Array]:
+def _merge_splits(
+    result: dict[str, Any], value: Packed, g: int, channels: int
+) -> tuple[Array, Array]:
     lse = result["lse"]  # [b, h, splits, n], base 2
     top = lse.max(2)
     weight = jnp.exp2(lse - top[:, :, None])
@@ -364,7 +210,7 @@ def _merge_splits(result: dict[str, Any], value: Packed, g: int) -> tuple[Array,
     pieces = []
     for part, blocks in zip(value, result["out"], strict=True):
         for block, cut in zip(part.blocks, blocks, strict=True):
-            for c, out in zip(chunks(block), cut, strict=True):
+            for c, out in zip(chunks(block, channels), cut, strict=True):
                 merged = (out[:, :, :, : c.used] * weight[:, :, :, None]).sum(2)
                 pieces.append(merged / total[:, :, None])
     out = jnp.concatenate(pieces, 2).swapaxes(-1, -2)[:, :, :g]
@@ -375,9 +221,3 @@ def _merge_splits(result: dict[str, Any], value: Packed, g: int) -> tuple[Array,
 def _unit_bits(key: Packed, value: Packed) -> int:
     blocks = [block for part in (*key, *value) for block in part.blocks]
     return min(width for block in blocks for width in block.widths)
-
-
-def _codebooks(key: Packed, value: Packed) -> dict[str, list[bool]]:
-    """Which parts leave a constant out of their terms."""
-    left = lambda part: any(block.levels is not None or block.offset for block in part.blocks)
-    return {"key_const": [left(p) for p in key], "value_const": [left(p) for p in value]}

@@ -14,7 +14,7 @@ from pallas_kernels.packed import Block, Packed, Part, terms, weights
 Array = jax.Array
 
 LOG2E = math.log2(math.e)
-SMALLEST, LARGEST = 16, 256  # channels of a chunk: of one matrix product
+SMALLEST = 16  # channels of a chunk: of one matrix product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Chunk:
     used: int
 
 
-def chunks(block: Block) -> list[Chunk]:
-    """A block in pieces.
+def chunks(block: Block, most: int = 256) -> list[Chunk]:
+    """A block in pieces of at most so many channels.
 
     Example:
       >>> [c.size for c in chunks(Block((), None, bits=2, start=0, size=96))]
@@ -41,7 +41,7 @@ def chunks(block: Block) -> list[Chunk]:
     out, done = [], 0
     while done < block.size:
         left = block.size - done
-        width = max(SMALLEST, min(LARGEST, 1 << (left.bit_length() - 1)))
+        width = max(SMALLEST, min(most, 1 << (left.bit_length() - 1)))
         out.append(Chunk(block.start + done, width, min(width, left)))
         done += width
     return out
@@ -66,18 +66,19 @@ class Query:
     total: Array
 
 
-def prepare_queries(q: Array, key: Packed, columns: int) -> list[Query]:
-    """Operands of `q: [b, h, g, d]`, padded to `columns` queries; in units of base-2 logits."""
+def prepare_queries(q: Array, key: Packed, columns: int, most: int) -> list[Query]:
+    """Operands of `q: [b, h, g, d]`, padded to `columns` queries, in chunks of at most `most`
+    channels; in units of base-2 logits."""
     pad = columns - q.shape[2]
     q = jnp.pad(q.astype(jnp.float32) * LOG2E, ((0, 0), (0, 0), (0, pad), (0, 0))).swapaxes(-1, -2)
     out, start = [], 0
     for part in key:
-        out.append(_part_query(q[:, :, start : start + part.size], part))
+        out.append(_part_query(q[:, :, start : start + part.size], part, most))
         start += part.size
     return out
 
 
-def _part_query(q: Array, part: Part) -> Query:
+def _part_query(q: Array, part: Part, most: int) -> Query:
     const, blocks, start = jnp.zeros((*q.shape[:2], q.shape[-1])), [], 0
     for block in part.blocks:
         mine = q[:, :, start : start + block.size]  # [b, h, channels, n]
@@ -89,7 +90,7 @@ def _part_query(q: Array, part: Part) -> Query:
     largest = jnp.stack([jnp.abs(x).max((2, 3, 4)) for x in blocks]).max(0)
     scale = jnp.where(largest > 0, largest, 1)
     cut = [
-        _cut((x / scale[..., None, None, None]).astype(_dtype(block, part)), block)
+        _cut((x / scale[..., None, None, None]).astype(_dtype(block, part)), block, most)
         for x, block in zip(blocks, part.blocks, strict=True)
     ]
     return Query(cut, scale, const, q.sum(2))
@@ -101,9 +102,9 @@ def _dtype(block: Block, part: Part):
     return jnp.bfloat16 if block.bits == 16 else jnp.float16
 
 
-def _cut(x: Array, block: Block) -> list[Array]:
+def _cut(x: Array, block: Block, most: int) -> list[Array]:
     out, start = [], 0
-    for chunk in chunks(block):
+    for chunk in chunks(block, most):
         piece = x[:, :, :, start : start + chunk.used]
         out.append(jnp.pad(piece, (*[(0, 0)] * 3, (0, chunk.size - chunk.used), (0, 0))))
         start += chunk.used
@@ -128,3 +129,8 @@ def prepare_values(value: Packed) -> list[list[Array]]:
         return jnp.concatenate([weight / largest, jnp.stack([largest, left_out])])
 
     return [[of(block) for block in part.blocks] for part in value]
+
+
+def leaves_constant(part: Part) -> bool:
+    """Whether the terms of a part leave a constant out, where that is not a page's own."""
+    return any(block.levels is not None or block.offset for block in part.blocks)

@@ -27,6 +27,7 @@ class Plan:
       layout: where a page lies: "rows" `[layer, b, h, page]`, or "pool" `[layer, page, h]`.
       splits: programs per sequence and head.
       window: tokens that a query sees back from itself, or None.
+      channels: most channels of one matrix product.
       native: whether assembly is understood.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     layout: Literal["rows", "pool"]
     splits: int
     window: int | None
+    channels: int
     native: bool
 
     @property
