@@ -8,7 +8,7 @@ planes and all blocks are the same tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +36,15 @@ def base(bits: int, unit: int, unit_bits: int) -> tuple[int, int]:
     return down, at - down
 
 
-def unit_order(bits: int, unit_bits: int) -> list[int]:
+def unit_order(bits: int, unit_bits: int, units: Iterable[int]) -> list[int]:
     """Units in the order of their words in memory, so that words in registers die early.
 
     Example:
-      >>> unit_order(4, unit_bits=2)
+      >>> unit_order(4, unit_bits=2, units=range(8))
       [0, 2, 4, 6, 1, 3, 5, 7]
     """
     stretches = widths(bits)[0] // unit_bits
-    return sorted(range(16 // unit_bits), key=lambda unit: (unit % stretches, unit))
+    return sorted(units, key=lambda unit: (unit % stretches, unit))
 
 
 def term_offset(block: Block, term: Term) -> int:

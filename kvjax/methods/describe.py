@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.packed_kernel import why_not
 from kvjax.codecs import Transform
 from kvjax.core.codec import Codec
 from kvjax.core.method import Method
@@ -41,7 +42,7 @@ def describe(method: Method | Sequence[Method], head_dim: int) -> str:
     for name, codec in sides.items():
         lines += [f"  {name}", *(f"    {line}" for line in _tree(codec))]
         lines += [f"    = {part}" for part in _parts(codec, head_dim, layout.page)]
-    lines.append(f"  attention: {attention_choice()}")
+    lines.append(f"  attention: {attention_choice(method)}")
     return "\n".join(lines)
 
 
@@ -110,12 +111,18 @@ def code_bits(codec: Codec, head_dim: int, page: int) -> float:
     return sum(map(_bits, leaves)) / (page * head_dim)
 
 
-def attention_choice() -> str:
-    """Which implementation reads the codes, and why no other."""
-    return (
-        "page scan in XLA, straight from the packed words, memory of one chunk of pages; "
-        "no fused kernel, because this version has none"
-    )
+def attention_choice(method: Method) -> str:
+    """Which implementation reads the codes in a decode step, and why no other."""
+    scan = "page scan in XLA, straight from the packed words, memory of one chunk of pages"
+    if method.attention == "page_scan":
+        return f"{scan}; asked for"
+    reason = why_not(method)
+    if reason:
+        return f"{scan}; no fused kernel on a GPU: {reason}"
+    if method.attention == "auto":
+        return f"packed_decode, a fused kernel, on a GPU; elsewhere {scan}"
+    return f"packed_decode as {method.attention!r}; asked for"
+
 
 
 def _code_shape(codec: Codec, head_dim: int, page: int):

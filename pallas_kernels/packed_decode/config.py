@@ -12,12 +12,15 @@ class Config:
     Args:
       splits: parts of a sequence read by programs of their own; their results are merged.
       tokens: read per step of the loop; at least a page, or so many whole pages.
+      passes: parts of a step that are done one after the other: of two, half the logits are in
+        registers at once.
       channels: most channels of one matrix product; fewer take fewer registers.
       warps, stages: of a Triton program.
     """
 
     splits: int = 1
     tokens: int = 256
+    passes: int = 1
     channels: int = 256
     warps: int = 2
     stages: int = 2

@@ -22,7 +22,7 @@ from pallas_kernels.packed import Packed, size
 from pallas_kernels.packed_decode.config import Config, heuristic
 from pallas_kernels.packed_decode.logits import unit_logits
 from pallas_kernels.packed_decode.operands import chunks, prepare_queries, prepare_values
-from pallas_kernels.packed_decode.read import Plan, Reader
+from pallas_kernels.packed_decode.read import Plan, Reader, Where
 from pallas_kernels.packed_decode.values import add_values, empty_sum, write_sum
 
 Array = jax.Array
@@ -83,6 +83,7 @@ def packed_decode(
         slots=slots,
         splits=config.splits,
         window=window,
+        passes=config.passes,
         channels=config.channels,
         native=backend == "triton",
     )
@@ -182,19 +183,26 @@ def _body(args: dict[str, Any], out: dict[str, Any], *, plan: Plan) -> None:
 
 
 def _step(reader: Reader, length: Array, i: Array, carry, *, masked: bool):
-    args, plan = reader.args, reader.plan
-    top, total, parts = carry
     where = reader.step(i)
-    logits = unit_logits(reader, where, args["key"], args["queries"])
+    for first in range(reader.plan.passes):
+        units = range(first, reader.plan.units, reader.plan.passes)
+        carry = _add_units(reader, where, length, units, carry, masked=masked)
+    return carry
+
+
+def _add_units(reader: Reader, where: Where, length: Array, units, carry, *, masked: bool):
+    args, native = reader.args, reader.plan.native
+    top, total, parts = carry
+    logits = unit_logits(reader, where, args["key"], args["queries"], units)
     if masked:
-        valid = [where.visible(u, length) for u in range(plan.units)]
-        logits = [jnp.where(v[:, None], s, EMPTY) for v, s in zip(valid, logits, strict=True)]
-    new_top = jnp.maximum(top, functools.reduce(jnp.maximum, logits).max(0))
+        valid = {u: where.visible(u, length)[:, None] for u in units}
+        logits = {u: jnp.where(valid[u], s, EMPTY) for u, s in logits.items()}
+    new_top = jnp.maximum(top, functools.reduce(jnp.maximum, logits.values()).max(0))
     fade = jnp.exp2(top - new_top)
-    p = [asm.exp2(s - new_top[None, :], plan.native) for s in logits]
-    if masked:  # a unit of which nothing is seen has its own empty logits for the largest
-        p = [jnp.where(v[:, None], x, 0.0) for v, x in zip(valid, p, strict=True)]
-    total = total * fade[None, :] + functools.reduce(operator.add, p)
+    p = {u: asm.exp2(s - new_top[None, :], native) for u, s in logits.items()}
+    if masked:  # where nothing has been seen yet, an empty logit is the largest
+        p = {u: jnp.where(valid[u], x, 0.0) for u, x in p.items()}
+    total = total * fade[None, :] + functools.reduce(operator.add, p.values())
     each = zip(args["value"], args["weights"], parts, strict=True)
     parts = [add_values(reader, where, *mine, p, fade) for mine in each]
     return new_top, total, parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,34 +20,38 @@ from pallas_kernels.packed_decode.read import Reader, Where
 Array = jax.Array
 
 
-def unit_logits(reader: Reader, where: Where, key: Packed, queries: list[Query]) -> list[Array]:
-    """Base-2 logits of every unit, `[rows, n]`."""
-    logits: list[Array] = []
+def unit_logits(
+    reader: Reader, where: Where, key: Packed, queries: list[Query], units: Sequence[int]
+) -> dict[int, Array]:
+    """Base-2 logits of some units, `[rows, n]` each."""
+    logits: dict[int, Array] = {}
     for part, query in zip(key, queries, strict=True):
-        own = _part_logits(reader, where, part, query)
-        logits = own if not logits else [a + b for a, b in zip(logits, own, strict=True)]
+        own = _part_logits(reader, where, part, query, units)
+        logits = {u: own[u] if u not in logits else logits[u] + own[u] for u in units}
     return logits
 
 
-def _part_logits(reader: Reader, where: Where, part: Part, query: Query) -> list[Array]:
+def _part_logits(
+    reader: Reader, where: Where, part: Part, query: Query, units: Sequence[int]
+) -> dict[int, Array]:
     plan, at = reader.plan, (reader.b, reader.h)
     scale = query.scale[at]
     const = query.const[(*at, slice(None))] if leaves_constant(part) else None
     operands: Any = None
     if part.channel_scale is not None:
         operands, scale, const = _scaled_query(reader, where, part, query, scale)
-    sums: list[dict[int, Array]] = [{} for _ in range(plan.units)]
+    sums: dict[int, dict[int, Array]] = {u: {} for u in units}
     for j, block in enumerate(part.blocks):
         for k, chunk in enumerate(chunks(block, plan.channels)):
             words = reader.words(where, block, chunk, transposed=False)
-            for u in unit_order(block.bits, plan.unit_bits):
+            for u in unit_order(block.bits, plan.unit_bits, units):
                 e = base(block.bits, u, plan.unit_bits)[1]
                 for t, y in enumerate(words.operands(u)):
                     q = query.terms[j][k][(*at, t)] if operands is None else operands[j][k][t]
                     s = jnp.dot(y, q, preferred_element_type=jnp.float32)
                     sums[u][e] = s if e not in sums[u] else sums[u][e] + s
-    logits = []
-    for u in range(plan.units):
+    logits = {}
+    for u in units:
         by_size = [x * (np.float32(2.0 ** (24 - e)) * scale) for e, x in sums[u].items()]
         s = functools.reduce(operator.add, by_size)
         if const is not None:
@@ -56,7 +61,7 @@ def _part_logits(reader: Reader, where: Where, part: Part, query: Query) -> list
         if part.token_zero is not None:
             zero = where.tokens(part.token_zero, part.column, u)[:, None]
             s = asm.fma(zero, query.total[(*at, slice(None))][None, :], s, plan.native)
-        logits.append(s)
+        logits[u] = s
     return logits
 
 
@@ -66,22 +71,22 @@ def _scaled_query(reader: Reader, where: Where, part: Part, query: Query, scale:
     cut = [
         (j, k, c) for j, b in enumerate(part.blocks) for k, c in enumerate(chunks(b, plan.channels))
     ]
-    starts = np.cumsum([0, *(c.used for _, _, c in cut)])
+    starts = [sum(c.used for _, _, c in cut[:i]) for i in range(len(cut))]
     scales = [
-        where.channels(part.channel_scale, int(s), c)
-        for s, (_, _, c) in zip(starts, cut, strict=False)
+        where.channels(part.channel_scale, start, chunk)
+        for start, (_, _, chunk) in zip(starts, cut, strict=True)
     ]
     largest = functools.reduce(jnp.maximum, [jnp.abs(s).max(0) for s in scales])
     largest = jnp.maximum(largest, 1e-30)
     const = None
     operands: list[list[list[Array]]] = [[] for _ in part.blocks]
-    for start, (j, k, chunk), s in zip(starts, cut, scales, strict=False):
+    for start, (j, k, chunk), s in zip(starts, cut, scales, strict=True):
         block = part.blocks[j]
         bare = query.terms[j][k][(reader.b, reader.h, 0)]
         times = bare * (s / largest)[:, None]
         offsets = []
         if part.channel_zero is not None:
-            zero = where.channels(part.channel_zero, int(start), chunk)
+            zero = where.channels(part.channel_zero, start, chunk)
             offsets.append((bare * zero[:, None]).sum(0))
         if block.offset:
             offsets.append((times * (-block.offset * largest)).sum(0))

@@ -27,6 +27,7 @@ class Plan:
       layout: where a page lies: "rows" `[layer, b, h, page]`, or "pool" `[layer, page, h]`.
       splits: programs per sequence and head.
       window: tokens that a query sees back from itself, or None.
+      passes: groups of units that are done one after the other, every so manieth unit in one.
       channels: most channels of one matrix product.
       native: whether assembly is understood.
     """
@@ -38,6 +39,7 @@ class Plan:
     layout: Literal["rows", "pool"]
     splits: int
     window: int | None
+    passes: int
     channels: int
     native: bool
 
@@ -148,17 +150,23 @@ class Where:
             at = start + jnp.minimum(at, chunk.used - 1)
         return widen(ref[(*self.reader.lead(self.page), at)])
 
+    def place(self, unit: int) -> Array:
+        """Which tokens of the sequence a unit holds, in the order of the slots, `[rows]`."""
+        return self.slot * self.reader.plan.page + self._token(unit)
+
     def visible(self, unit: int, length: Array) -> Array:
         """Which tokens of a unit there are and are in reach, `[rows]` bool."""
         reader, plan = self.reader, self.reader.plan
-        row = self.row
-        if row is None:
-            row = jax.lax.broadcasted_iota(jnp.int32, (plan.rows,), 0)
-        token = unit * plan.rows + row
-        seen = self.slot * plan.page + token < length
+        seen = self.place(unit) < length
         if plan.window is None:
             return seen
         start = reader.args["starts"][reader.lead(self.page, heads=False)]
         now = reader.args["position"][reader.b]
-        at = start + token
+        at = start + self._token(unit)
         return seen & (start >= 0) & (at <= now) & (now - at < plan.window)
+
+    def _token(self, unit: int) -> Array:
+        rows, row = self.reader.plan.rows, self.row
+        if row is None:
+            row = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
+        return unit * rows + row

@@ -60,29 +60,29 @@ def add_values(
     part: Part,
     weights: list[Any],
     so_far: ValueSum,
-    p: list[Array],
+    p: dict[int, Array],
     fade: Array,
 ) -> ValueSum:
-    """The sums with one step more.
+    """The sums with some units of a step more.
 
     Args:
       weights: of the terms of each block, as `prepare_values` gives them.
-      p: of every unit `[rows, n]`. fade: `[n]`, what earlier weights are worth by now.
+      p: unit -> weights `[rows, n]`. fade: `[n]`, what earlier weights are worth by now.
     """
     plan = reader.plan
     largest, const, zero = so_far.largest, so_far.const, so_far.zero
     weighted, fade_out = p, fade
     if part.token_scale is not None:
-        scales = [where.tokens(part.token_scale, part.column, u) for u in range(plan.units)]
-        most = functools.reduce(jnp.maximum, [jnp.abs(s) for s in scales]).max(0)
+        scales = {u: where.tokens(part.token_scale, part.column, u) for u in p}
+        most = functools.reduce(jnp.maximum, [jnp.abs(s) for s in scales.values()]).max(0)
         largest = jnp.maximum(so_far.largest, most)
-        weighted = [x * (s / largest)[:, None] for x, s in zip(p, scales, strict=True)]
+        weighted = {u: x * (scales[u] / largest)[:, None] for u, x in p.items()}
         fade_out = fade * (so_far.largest / largest)
     if leaves_constant(part):
-        const = const * fade_out[None, :] + functools.reduce(operator.add, weighted)
+        const = const * fade_out[None, :] + functools.reduce(operator.add, weighted.values())
     if part.token_zero is not None:
         zero = zero * fade[None, :]
-        for u, x in enumerate(p):
+        for u, x in p.items():
             z = where.tokens(part.token_zero, part.column, u)
             zero = asm.fma(x, z[:, None], zero, plan.native)
     out: list[list[Array]] = []
@@ -93,7 +93,7 @@ def add_values(
         for chunk, acc in zip(chunks(block, plan.channels), sums, strict=True):
             words = reader.words(where, block, chunk, transposed=True)
             acc = acc * fade_out[None, :]
-            for u in unit_order(block.bits, plan.unit_bits):
+            for u in unit_order(block.bits, plan.unit_bits, p):
                 e = base(block.bits, u, plan.unit_bits)[1]
                 size = np.float32(2.0 ** (24 - e + HEADROOM))
                 for t, y in zip(range(terms), words.operands(u), strict=True):
