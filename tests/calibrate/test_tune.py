@@ -69,7 +69,8 @@ def test_the_loss_falls_in_every_layer():
 
 def test_zeros_are_the_closed_form():
     for method, layer in zip(methods(), closed_form(methods(), moments()), strict=True):
-        assert jnp.allclose(layer.mix @ layer.forward, method.key.inner.transform.matrix[:, 0])
+        matrix = method.key.inner.transform.matrix[:, 0]
+        np.testing.assert_allclose(layer.mix @ layer.forward, matrix, rtol=1e-4, atol=1e-5)
         one = jnp.eye(layer.mix.shape[-1])
         assert jnp.allclose(layer.mix @ layer.mix.swapaxes(-1, -2), one, atol=1e-4)
 

@@ -96,7 +96,11 @@ def test_the_cause_is_told_and_not_its_consequence(codes, cause):
 def test_a_signal_ends_all(number):
     script = f"{ID} print(os.getpid(), flush=True); time.sleep(60)"
     words = [sys.executable, "-m", "kvjax.cli.main", "launch", "--processes", "2", "--"]
-    with subprocess.Popen([*words, *RUN, script], stdout=subprocess.PIPE, text=True) as run:
+    # Where these tests run under nohup a child would be born deaf to SIGHUP.
+    heard = lambda: signal.signal(number, signal.SIG_DFL)
+    with subprocess.Popen(
+        [*words, *RUN, script], stdout=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as run:
         assert run.stdout is not None
         pids = [int(run.stdout.readline().split()[1]) for _ in range(2)]
         run.send_signal(number)
