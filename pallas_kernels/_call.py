@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plt
 
-Backend = Literal["interpret", "triton"]
+Backend = Literal["interpret", "triton", "tpu"]
 
 
 def call(
@@ -50,3 +53,81 @@ def call(
             interpret=backend == "interpret",
             name=name,
         )(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What one point of the grid sees of an array.
+
+    Attributes:
+      block: its size, None for a dimension that is indexed away; or None: all of it, as scalars.
+      index: `(*point, scalars)` -> which block along each dimension. A point that sees the block of
+        the point before it costs no copy.
+    """
+
+    block: tuple[int | None, ...] | None
+    index: Callable | None = None
+
+
+def call_tiles(
+    body: Callable,
+    scalars: Any,
+    args: Any,
+    tiles: Any,
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    out_tiles: Any,
+    scratch: Any,
+    interpret: bool = False,
+) -> Any:
+    """Runs `body(scalars, args, outputs, scratch)`, pytrees of references to tiles, on a TPU.
+
+    The points of the grid's last axis are visited in order, with scratch kept between them.
+
+    Args:
+      scalars: pytree of integers, fetched before the rest: tiles may be picked by them.
+      args, out_shape: pytrees of arrays and of `jax.ShapeDtypeStruct`; `tiles` and `out_tiles` have
+        a `Tile` for each.
+      scratch: pytree of `jax.ShapeDtypeStruct`, float32 in vector memory.
+      interpret: run as XLA operations on any device, for tests.
+    """
+    shapes = (scalars, args, out_shape, scratch)
+    structures = [jax.tree.structure(x) for x in shapes]
+    counts = [len(jax.tree.leaves(x)) for x in shapes]
+
+    def spec(tile: Tile) -> pl.BlockSpec:
+        if tile.block is None:
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        return pl.BlockSpec(tile.block, lambda *at: picked(tile, at))
+
+    def picked(tile: Tile, at):
+        assert tile.index is not None
+        point, numbers = at[: len(grid)], at[len(grid) :]
+        return tile.index(*point, jax.tree.unflatten(structures[0], numbers))
+
+    order: list[Any] = ["parallel"] * (len(grid) - 1) + ["arbitrary"]
+
+    def flat_body(*refs):
+        trees = []
+        for structure, count in zip(structures, counts, strict=True):
+            trees.append(jax.tree.unflatten(structure, refs[:count]))
+            refs = refs[count:]
+        body(*trees)
+
+    out = pl.pallas_call(
+        flat_body,
+        out_shape=jax.tree.leaves(out_shape),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=counts[0],
+            grid=grid,
+            in_specs=[spec(tile) for tile in jax.tree.leaves(tiles)],
+            out_specs=[spec(tile) for tile in jax.tree.leaves(out_tiles)],
+            scratch_shapes=[pltpu.VMEM(x.shape, jnp.float32) for x in jax.tree.leaves(scratch)],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=order),
+        interpret=interpret,
+        name=name,
+    )(*jax.tree.leaves(scalars), *jax.tree.leaves(args))
+    return jax.tree.unflatten(structures[2], out)

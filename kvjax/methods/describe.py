@@ -124,7 +124,6 @@ def attention_choice(method: Method) -> str:
     return f"packed_decode as {method.attention!r}; asked for"
 
 
-
 def _code_shape(codec: Codec, head_dim: int, page: int):
     x = jax.ShapeDtypeStruct((1, 1, 1, page, head_dim), jnp.float32)
     return jax.eval_shape(codec.encode, x, jax.ShapeDtypeStruct((1, 1, 1, page), jnp.int32))

@@ -26,12 +26,44 @@ class Config:
     stages: int = 2
 
 
-def heuristic(batch: int, heads: int, slots: int, page: int, processors: int = 132) -> Config:
-    """Enough programs for every processor several times over, none with less than a step to do.
+# Bits of the narrowest plane -> tuning, from compiling for H200 ahead of time: the most warps that
+# each have 16 rows of a unit to multiply, the largest steps that do not spill.
+_BY_UNIT = {
+    1: Config(tokens=256, channels=64, warps=1),
+    2: Config(tokens=256, warps=2),
+    4: Config(tokens=256, warps=2),
+    8: Config(tokens=128, warps=4),
+    16: Config(tokens=256, warps=4),
+}
+_WARPS = 8  # per processor, of some 230 registers a thread
+
+
+def heuristic(
+    batch: int, heads: int, slots: int, page: int, *, unit_bits: int = 2, processors: int = 132
+) -> Config:
+    """One wave of programs on all processors, none with less than a step to do.
 
     Args:
-      slots: page slots of a sequence. processors: streaming multiprocessors; 132 on H100 and H200.
+      slots: page slots of a sequence. unit_bits: narrowest plane of keys and values.
+      processors: streaming multiprocessors; 132 on H100 and H200.
+
+    Example:
+      >>> heuristic(1, 8, slots=512, page=256, unit_bits=2).splits
+      66
     """
-    steps = max(1, slots * page // 256)
-    wanted = -(-8 * processors // (batch * heads))
-    return Config(splits=max(1, min(steps, wanted)))
+    config = _BY_UNIT[unit_bits]
+    steps = max(1, slots * page // config.tokens)
+    programs = processors * _WARPS // config.warps
+    splits = max(1, min(steps, programs // (batch * heads)))
+    return dataclasses.replace(config, splits=splits)
+
+
+def together(config: Config, page: int, slots: int) -> int:
+    """Pages of one step: a power of two, as Triton takes tiles.
+
+    Example:
+      >>> together(Config(tokens=256), page=64, slots=3)
+      2
+    """
+    pages = max(1, min(config.tokens // page, slots))
+    return 1 << (pages.bit_length() - 1)

@@ -19,10 +19,11 @@ from jax.experimental import pallas as pl
 from pallas_kernels import asm
 from pallas_kernels._call import Backend, call
 from pallas_kernels.packed import Packed, size
-from pallas_kernels.packed_decode.config import Config, heuristic
+from pallas_kernels.packed_decode.config import Config, heuristic, together
 from pallas_kernels.packed_decode.logits import unit_logits
 from pallas_kernels.packed_decode.operands import chunks, prepare_queries, prepare_values
 from pallas_kernels.packed_decode.read import Plan, Reader, Where
+from pallas_kernels.packed_decode.tpu import packed_decode_tpu
 from pallas_kernels.packed_decode.values import add_values, empty_sum, write_sum
 
 Array = jax.Array
@@ -59,8 +60,8 @@ def packed_decode(
       starts, position, window: with a sliding window, the position of each page's first token
         (`[layers, b, n]` or `[layers, pool]`, -1 for none), the position `[b]` of the query, and
         how many tokens it sees back from itself.
-      config: tuning; None asks `config.heuristic`.
-      backend: "triton" on a GPU, "interpret" anywhere.
+      config: tuning on a GPU; None asks `config.heuristic`.
+      backend: "triton" on a GPU, "tpu" on a TPU, "interpret" anywhere.
     Returns:
       out `[b, h, g, dv]` float32 and the natural log-sum-exp of the logits `[b, h, g]`, -1e30
       where there is no token.
@@ -70,15 +71,28 @@ def packed_decode(
     reason = why_not(q, key, value, page=page)
     if reason:
         raise ValueError(f"packed_decode: {reason}")
+    if backend == "tpu":
+        return packed_decode_tpu(
+            q,
+            key,
+            value,
+            lengths,
+            page=page,
+            layer=layer,
+            table=table,
+            starts=starts,
+            position=position,
+            window=window,
+        )
     b, h, g, _ = q.shape
     leaf = jax.tree.leaves(key[0].blocks[0].words)[0]
     slots = leaf.shape[3] if table is None else table.shape[-1]
-    config = config or heuristic(b, h, slots, page)
+    config = config or heuristic(b, h, slots, page, unit_bits=_unit_bits(key, value))
     by_channel = any(part.channel_scale is not None for part in key)
     plan = Plan(
         page=page,
         unit_bits=_unit_bits(key, value),
-        together=1 if by_channel else max(1, min(config.tokens // page, slots)),
+        together=1 if by_channel else together(config, page, slots),
         layout="rows" if table is None else "pool",
         slots=slots,
         splits=config.splits,

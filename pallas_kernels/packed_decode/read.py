@@ -27,7 +27,7 @@ class Plan:
       layout: where a page lies: "rows" `[layer, b, h, page]`, or "pool" `[layer, page, h]`.
       splits: programs per sequence and head.
       window: tokens that a query sees back from itself, or None.
-      passes: groups of units that are done one after the other, every so manieth unit in one.
+      passes: groups of units that are done one after the other, each every so many units.
       channels: most channels of one matrix product.
       native: whether assembly is understood.
     """

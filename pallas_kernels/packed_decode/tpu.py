@@ -36,10 +36,12 @@ def packed_decode_tpu(
     starts: Array | None = None,
     position: Array | None = None,
     window: int | None = None,
-    tokens: int = 1024,
+    tokens: int = 2048,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-    """As `packed_decode`, for a TPU; words of values are best not transposed, there.
+    """As `packed_decode`, for a TPU: queries, weights and codes are exact to 2**-16.
+
+    Scales are best bf16 or float32: those in fp16, and those with columns, are copied, one layer.
 
     Args:
       tokens: read per step of the grid, at least a page. The rest as `packed_decode`.
@@ -56,7 +58,8 @@ def packed_decode_tpu(
     forms = arrays.form(key), arrays.form(value)
     leaf = key[0].blocks[0].words[0]
     slots = leaf.shape[3] if table is None else table.shape[-1]
-    plan = Plan(*forms, page, slots, max(1, min(tokens // page, slots)), table is not None, window)
+    together = _together(tokens // page, slots)
+    plan = Plan(*forms, page, slots, together, table is not None, window)
     rows = 8 if g <= 8 else 16
     q = jnp.pad(q.astype(jnp.float32) * LOG2E, ((0, 0), (0, 0), (0, rows - g), (0, 0)))
     lengths = jnp.broadcast_to(lengths if lengths.ndim == 2 else lengths[:, None], (b, h))
@@ -67,23 +70,24 @@ def packed_decode_tpu(
     if table is not None:
         integers["table"] = jnp.clip(table, 0, leaf.shape[1] - 1).astype(jnp.int32)
     if window is not None:
-        assert starts is not None
-        assert position is not None
+        if starts is None or position is None:
+            raise ValueError("window: got no starts or position; expected both; pass them")
         integers["starts"] = starts[layer].astype(jnp.int32)
         integers["position"] = position.astype(jnp.int32)
     one = lambda *size: Tile((None, None, *size), lambda b, h, i, _: (b, h, 0, 0))
     queries = _queries(q, forms[0])
+    copies = together if plan.pool else 1
     args = {
         "weights": jnp.concatenate(arrays.weights),
         "queries": queries,
-        "pages": [arrays.kept] * plan.together,
+        "pages": [arrays.kept] * copies,
     }
     tiles = {
         "weights": Tile(None),
         "queries": [one(rows, x.shape[-1]) for x in queries],
         "pages": [
             [_tile(x, kind, plan, j) for x, kind in zip(arrays.kept, arrays.kinds, strict=True)]
-            for j in range(plan.together)
+            for j in range(copies)
         ],
     }
     columns = [piece.columns for piece in forms[1].pieces]
@@ -128,16 +132,28 @@ def _queries(q: Array, form: Form) -> list[Array]:
 
 
 def _tile(x: Array, kind: str, plan: Plan, j: int) -> Tile:
-    """How page j of a step is cut out of an array: a page of one head, but of scales several."""
+    """How page j of a step is cut out of an array; or all of its pages, where they lie in a row.
+
+    Scales of one page are one row of a tile: the others are those of other pages, or heads.
+    """
     lead = 3 if plan.pool else 4
     several = kind == "rows"
-    size = (min(ROWS, x.shape[lead - 1]),) if several else (None,)
+    pages = 1 if plan.pool else plan.together
+    last = min(ROWS, x.shape[lead - 1]) if several else pages
 
     def index(b, h, i, numbers):
-        slot = plan.slot(i, j, numbers["lengths"][b, h])
+        length = numbers["lengths"][b, h]
         layer = numbers["layer"][0] if x.shape[0] > 1 else 0
-        at = (layer, numbers["table"][b, slot], h) if plan.pool else (layer, b, h, slot)
-        last = at[-1] // ROWS if several else at[-1]
-        return (*at[:-1], last, *[0] * (x.ndim - lead))
+        slot = plan.slot(i, j, length)
+        rest = [0] * (x.ndim - lead)
+        if plan.pool:
+            return layer, numbers["table"][b, slot], h // ROWS if several else h, *rest
+        return layer, b, h, slot // ROWS if several else plan.step(i, length), *rest
 
-    return Tile((*[None] * (lead - 1), *size, *x.shape[lead:]), index)
+    return Tile((*[None] * (lead - 1), last, *x.shape[lead:]), index)
+
+
+def _together(wanted: int, slots: int) -> int:
+    """Pages of a step: a power of two that divides the slots and the rows of a tile."""
+    both = math.gcd(slots, ROWS)
+    return max(n for n in (1, 2, 4, 8, 16) if both % n == 0 and n <= max(1, wanted))

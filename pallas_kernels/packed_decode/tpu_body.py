@@ -51,10 +51,17 @@ class Plan:
     pool: bool
     window: int | None
 
+    def step(self, i: Array, length: Array) -> Array:
+        """Step i; beyond the sequence its last one, whose pages are there."""
+        tokens = self.together * self.page
+        return jnp.minimum(i, jnp.maximum((length + tokens - 1) // tokens - 1, 0))
+
     def slot(self, i: Array, j: int, length: Array) -> Array:
-        """The slot of page j of step i; beyond the sequence its last one, which is there."""
-        last = jnp.maximum((length + self.page - 1) // self.page - 1, 0)
-        return jnp.minimum(i * self.together + j, last)
+        """The slot of page j of step i; in a pool, beyond the sequence its last one."""
+        slot = self.step(i, length) * self.together + j
+        if not self.pool:
+            return slot
+        return jnp.minimum(slot, jnp.maximum((length + self.page - 1) // self.page - 1, 0))
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +80,7 @@ class State:
 
 
 def attend(numbers: dict[str, Any], args: dict[str, Any], out, state: State, *, plan: Plan) -> None:
+    """One step: its pages into the state, and at the last step the state into the output."""
     b, h, i = (pl.program_id(axis) for axis in range(3))
     length = numbers["lengths"][b, h]
 
@@ -192,7 +200,7 @@ class Page:
             mine = [k for k, piece in enumerate(form.pieces) if piece.codes == c]
             n = lefts[mine[0]].shape[0]
             left = jnp.concatenate([split(lefts[k]) for k in mine], 0)
-            for t, operand in enumerate(operands(codes, self.load)):
+            for t, operand in enumerate(operands(codes, self.tile)):
                 both = jax.lax.dot_general(
                     left,
                     operand,
@@ -219,7 +227,8 @@ class Page:
     def numbers(self, floats: Floats) -> Array:
         """One float32 per token or channel, `[1, size]`."""
         row = (self.h if self.plan.pool else self.at) % ROWS
-        return numbers(floats, self.load(floats.array), row)
+        several = floats.column is None
+        return numbers(floats, self.tile(floats.array, several=several)[...], row)
 
     def channels(self, floats: Floats | None, form: Form, k: int) -> Array | None:
         """A number per channel of piece k, where its codes have them: `[1, columns]`."""
@@ -231,6 +240,8 @@ class Page:
         fill = [jnp.zeros((1, n), jnp.float32) for n in piece.around]
         return jnp.concatenate([x for x in (fill[0], mine, fill[1]) if x.shape[1]], 1)
 
-    def load(self, array: int) -> Array:
-        """The page's tile of an array."""
-        return self.args["pages"][self.j][array][...]
+    def tile(self, array: int, *, several: bool = False) -> Any:
+        """Reference to the page's tile of an array, or to the rows of several pages or heads."""
+        copy, at = (self.j, 0) if self.plan.pool else (0, self.j)
+        ref = self.args["pages"][copy][array]
+        return ref if several else ref.at[at]

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ Array = jax.Array
 
 MANTISSA = 7  # bits of bf16
 ONE = 0x3F80  # 1 as bf16
+LANES = 128
 ROWS = 16  # of a tile of scales: whole tiles of 16-bit numbers
 
 
@@ -88,7 +90,8 @@ class Arrays:
 
     Attributes:
       layer: the one that is read.
-      kept: arrays as kernels take them. kinds: "words", "rows" or "columns", how they are cut.
+      kept: arrays as kernels take them.
+      kinds: "words", "turned words", "rows" or "columns", how they are cut.
       weights: of every block, one after the other.
     """
 
@@ -107,7 +110,7 @@ class Arrays:
                 mine = self._codes(block)
                 if mine not in codes:
                     codes.append(mine)
-                words = self.kept[mine.arrays[0]]
+                words = block.words[0]
                 columns = words.shape[-2 if block.transposed else -1]
                 first = sum(w.shape[0] for w in self.weights)
                 self.weights.append(operand_weights(block))
@@ -125,8 +128,10 @@ class Arrays:
         return Form(tuple(codes), tuple(pieces), tuple(parts))
 
     def _codes(self, block: Block) -> Codes:
-        arrays = tuple(self._take(words, "words") for words in block.words)
-        return Codes(arrays, block.bits, block.levels is not None, block.transposed)
+        short = any(words.shape[-1] % LANES for words in block.words)
+        kind = "turned words" if block.transposed and short else "words"
+        arrays = tuple(self._take(words, kind) for words in block.words)
+        return Codes(arrays, block.bits, block.levels is not None, block.transposed and not short)
 
     def _floats(self, x: Array | None, column: int | None) -> Floats | None:
         if x is None:
@@ -137,12 +142,23 @@ class Arrays:
     def _take(self, x: Array, kind: str) -> int:
         known = self.seen.setdefault(id(x), (x, len(self.kept)))[1]
         if known == len(self.kept):
-            if x.dtype == jnp.float16:  # Mosaic takes none: their bits, copied, so of one layer
-                mine = jax.lax.dynamic_index_in_dim(x, self.layer, 0)
-                x = jax.lax.bitcast_convert_type(mine, jnp.uint16)
-            self.kept.append(x)
+            self.kept.append(self._prepared(x, kind))
             self.kinds.append(kind)
         return known
+
+    def _prepared(self, x: Array, kind: str) -> Array:
+        """What Mosaic takes. Of floats one layer, copied: fp16 as its bits, columns as rows.
+
+        Words whose rows fill no lanes XLA keeps turned already: to turn them costs nothing, but to
+        hand them over as they are would copy and pad the whole cache.
+        """
+        if kind == "turned words":
+            return x.swapaxes(-1, -2)
+        if kind == "columns" or x.dtype == jnp.float16:
+            x = jax.lax.dynamic_index_in_dim(x, self.layer, 0)
+        if x.dtype == jnp.float16:
+            x = jax.lax.bitcast_convert_type(x, jnp.uint16)
+        return x.swapaxes(-1, -2) if kind == "columns" else x
 
 
 def fields(bits: int, levels: bool) -> list[tuple[int, ...]]:
@@ -172,17 +188,22 @@ def operand_weights(block: Block) -> Array:
     return jnp.concatenate([weight, (left_out - weight.sum())[None]])
 
 
-def operands(codes: Codes, load: Callable[[int], Array]) -> list[Array]:
+def operands(codes: Codes, load: Callable[[int], Any]) -> list[Array]:
     """bf16 `[t, columns]` of every field of the codes of a page: `1 + field / 2**width`.
 
     Args:
-      load: array -> its tile, `[R, columns]` uint16 or transposed.
+      load: array -> reference to its tile, `[R, columns]` uint16 or transposed.
     """
-    tiles = [load(a) for a in codes.arrays]
-    tiles = [x.T if codes.transposed else x for x in tiles]
+
+    def read(array: int, dtype) -> Array:
+        ref = load(array)
+        if codes.transposed:
+            return pltpu.bitcast(ref[...].T, dtype)
+        return ref.bitcast(dtype)[...]  # in memory: a reading of words as they are costs more
+
     if codes.bits == 16:
-        return [pltpu.bitcast(x, jnp.bfloat16) for x in tiles]
-    words = [pltpu.bitcast(x, jnp.uint32) for x in tiles]  # two rows in a lane
+        return [read(array, jnp.bfloat16) for array in codes.arrays]
+    words = [read(array, jnp.uint32) for array in codes.arrays]  # two rows in a lane
     moved: dict[tuple[int, int], Array] = {}
 
     def move(bit: int, to: int) -> Array:
@@ -215,17 +236,14 @@ def _both(half: int) -> np.uint32:
 
 
 def numbers(floats: Floats, tile: Array, row: Array) -> Array:
-    """One row of a tile, or one column as a row: `[1, size]` float32."""
+    """One row of a tile as float32, `[1, size]`; of several columns, their row."""
     x = widen(tile, floats.half)
-    if floats.column is None:
-        if x.shape[0] == 1:
-            return x
-        at = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-        return jnp.where(at == row, x, 0.0).sum(0, keepdims=True)
-    at = jax.lax.broadcasted_iota(jnp.int32, (8, x.shape[1]), 1)
-    one = (at == floats.column).astype(jnp.float32)
-    last = (((1,), (1,)), ((), ()))  # a product with one 1: how a column turns
-    return jax.lax.dot_general(one, x, last, precision=jax.lax.Precision.HIGHEST)[:1]
+    if floats.column is not None:
+        return x[floats.column : floats.column + 1]
+    if x.shape[0] == 1:
+        return x
+    at = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.where(at == row, x, 0.0).sum(0, keepdims=True)
 
 
 def widen(x: Array, half: bool) -> Array:

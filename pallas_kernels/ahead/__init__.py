@@ -1,0 +1,1 @@
+"""What compilers make of kernels, without an accelerator: lowering, and compiling ahead of time."""

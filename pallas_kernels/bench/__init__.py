@@ -1,0 +1,1 @@
+"""Measures of kernels: `python -m pallas_kernels.bench --help`."""
