@@ -48,7 +48,10 @@ def why_not(codec: Codec, side: Side, page: int) -> str | None:
         case Split() | Residual():
             return why_not(codec.first, side, page) or why_not(codec.second, side, page)
         case Codebook():
-            return None if codec.bits <= 4 else f"a codebook of {codec.bits} bits, beyond 4"
+            if codec.bits <= 3:
+                return None
+            products = 2 ** (codec.bits - 1)
+            return f"a codebook of {codec.bits} bits: {products} products per value, which spill"
         case Uniform():
             if codec.axis == "tokens" and side == "value":
                 return "values with scales of channels"

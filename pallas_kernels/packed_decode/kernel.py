@@ -53,7 +53,8 @@ def packed_decode(
       key: arrays that lead with `[layers, b, h, n]` (pages), or `[layers, pool, h]` with a table.
       value: likewise; best with words transposed, which saves a turn in shared memory.
       lengths: `[b]` or `[b, h]` int32, tokens in the pages, in the order of the slots; clamped to
-        what there is room for.
+        what there is room for. Pages beyond are read where a step ends in them, with weights of 0:
+        their scales (and bf16 numbers) must be finite, as zeros are.
       page: tokens of a page.
       layer: which of the layers.
       table: `[b, n]` int32, pages of the pool; clamped to the pool.

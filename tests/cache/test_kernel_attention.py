@@ -39,7 +39,7 @@ def matrix(seed):
 def hybrid():
     """What calibrated keys are made of: a mean and a transform per head, tiers, some dropped."""
     book = lambda bits: Codebook.lloyd_max(24, bits)
-    coded = Normalized(Tiers((book(4), book(2)), (8, 16)))
+    coded = Normalized(Tiers((book(3), book(2)), (8, 16)))
     mean = jnp.asarray(np.random.default_rng(3).normal(size=(H, 1, 1, D)), jnp.float32)
     key = Centered(mean, Linear(matrix(1), Tiers((coded, Dropped()), (24, 8))))
     order = jnp.asarray(np.random.default_rng(4).permutation(D - 1), jnp.int32)
@@ -121,6 +121,7 @@ def test_the_same_tokens_are_generated():
         ("turboquant-2.5", "keys: Outliers codes"),
         ("fp8", "keys: Float8 codes"),
         ("e8-2", "two scales per token"),
+        ("turboquant-4", "8 products per value"),
         ("int8/kivi-2", None),
     ],
 )
