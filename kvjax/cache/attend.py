@@ -91,10 +91,10 @@ def attend_rows(
         packed = _packed(method, cache, q, layer, position, boundary)
     else:
         packed = _packed_kernel(method, cache, q, layer, position[:, 0], kernel)
+    if cache.axis is not None:  # pages are on one device, windows and what was kept on every one
+        packed = packed.merge_axis(cache.axis)
     if cache.kept is not None:
         packed = packed.merge(attend_kept(method, cache.kept, q, layer, CHUNK_TOKENS))
-    if cache.axis is not None:  # windows are on every device, pages on one
-        packed = packed.merge_axis(cache.axis)
     seen = dense_partial(q, k, v, mask[:, None]).merge(packed)
     bad = overflow(cache, layer)[:, None, None, None]
     return jnp.where(bad, jnp.nan, seen.out)

@@ -40,6 +40,8 @@ def pack(
     frequencies: Array | None = None,
     capacity: int,
     tail: int,
+    shards: int = 1,
+    axis: str | None = None,
 ) -> Cache:
     """A cache that goes on where the working set ends. Call `evict` first.
 
@@ -53,6 +55,7 @@ def pack(
         leaves them.
       capacity: most tokens in all, those seen so far and evicted ones included.
       tail: page slots for tokens to come.
+      shards, axis: devices that these are dealt to, and their mesh axis; all have what was kept.
     Raises:
       InputError: a layout with a pool of its own.
     """
@@ -68,7 +71,17 @@ def pack(
     one = jax.tree.map(lambda a: a[0], method) if stacked else method
     dtype = jnp.bfloat16 if tokens.key.dtype == jnp.uint16 else tokens.key.dtype
     room = layout.sink + layout.recent + layout.page * tail
-    cache = init(one, capacity=room, kv_heads=h, head_dim=d, batch=b, layers=layers, dtype=dtype)
+    cache = init(
+        one,
+        capacity=room,
+        kv_heads=h,
+        head_dim=d,
+        batch=b,
+        layers=layers,
+        dtype=dtype,
+        shards=shards,
+        axis=axis,
+    )
     wanted = packed_region(layout, tokens.positions, tokens.length)
     if pool is not None:
         wanted = _fill_pool(tokens.score, wanted, layout.page, pool)

@@ -20,6 +20,9 @@ from kvjax.generate.inputs import pad_rows, token_counts
 from kvjax.generate.plan import Plan, forward_block
 from kvjax.models.config import layer_runs
 from kvjax.models.decoder import Params, rope_frequencies
+from kvjax.parallel.place import keep_placed, make_cache
+from kvjax.parallel.processes import fetch
+from kvjax.parallel.rules import ShardingRules
 from kvjax.policies.eviction import Eviction
 
 Array = jax.Array
@@ -78,9 +81,17 @@ def start_working(plan: Plan, eviction: Eviction, *, batch: int, dtype=jnp.bfloa
     """Empty working sets and, for layers with a sliding window, empty caches.
 
     Raises:
-      InputError: a budget below the windows, or not one for each layer; methods of several layouts.
+      InputError: a budget below the windows, or not one for each layer; methods of several layouts;
+        a mesh with more devices on its axis heads than there are KV heads.
     """
-    config, layout = plan.config, plan.methods[0].layout
+    config, layout, rules = plan.config, plan.methods[0].layout, plan.rules
+    if plan.copies > 1:  # each copy would be judged by the queries of its own device only
+        raise InputError(
+            "mesh",
+            got=f"{plan.copies} devices for each KV head",
+            expected="one, where a policy evicts",
+            fix="make the axis heads smaller, and data or sequence larger",
+        )
     if any(method.layout != layout for method in plan.methods):
         raise InputError(
             "methods",
@@ -95,12 +106,12 @@ def start_working(plan: Plan, eviction: Eviction, *, batch: int, dtype=jnp.bfloa
     for i, group in enumerate(plan.groups):
         layers = len(group.layers)
         if group.window is None:
-            queries = config.q_per_kv
-            found.append(init_working_set(eviction, layers=layers, queries=queries, **sizes))
-            continue
-        capacity, window = config.max_positions, group.window
-        one = _one(plan, i)
-        found.append(init(one, capacity=capacity, window=window, layers=layers, **sizes))
+            options = sizes | {"layers": layers, "queries": config.q_per_kv}
+            found.append(make_cache(rules, init_working_set, eviction, **options))
+        else:  # on every device of the axis sequence: it is short
+            options = sizes | {"layers": layers, "capacity": config.max_positions}
+            options |= {"window": group.window}
+            found.append(make_cache(rules, init, _one(plan, i), **options))
     return tuple(found)
 
 
@@ -146,7 +157,7 @@ def drop(plan: Plan, eviction: Eviction, caches: Caches) -> Caches:
         order = np.argsort(np.argsort(full_layers(plan)))
         ranked = tuple(budgets[i] for i in order)
         eviction = dataclasses.replace(eviction, budget=ranked)
-    left = iter(evict(eviction, sets, plan.methods[0].layout))
+    left = (keep_placed(plan.rules, c) for c in evict(eviction, sets, plan.methods[0].layout))
     return tuple(next(left) if isinstance(c, WorkingSet) else c for c in caches)
 
 
@@ -184,7 +195,7 @@ def take_history(
         caches = start_working(plan, eviction, batch=len(prompts), dtype=dtype)
     else:
         _check_sets(eviction, caches, len(prompts))
-    past = int(jax.device_get(caches[0].length[0]).max())
+    past = int(fetch(caches[0].length[0]).max())
     if past + int(lengths.max()) > config.max_positions:
         raise InputError(
             "history",
@@ -229,7 +240,7 @@ def pack_all(plan: Plan, eviction: Eviction, caches: Caches, *, room: int) -> tu
     """
     layout = plan.methods[0].layout
     sets = [c for c in caches if isinstance(c, WorkingSet)]
-    lengths = jax.device_get(sets[0].length[0]) if sets else np.zeros(1, np.int32)
+    lengths = fetch(sets[0].length[0]) if sets else np.zeros(1, np.int32)
     most = int(lengths.max()) + room
     tail = int(layout.packed_pages(most)) - int(layout.packed_pages(lengths).min())
     shapes = pack_options(plan, eviction, tail=tail)
@@ -244,7 +255,9 @@ def pack_all(plan: Plan, eviction: Eviction, caches: Caches, *, room: int) -> tu
             options["pool"] = _pages_held(method, cache)
         if eviction.positions == "cache":
             options["frequencies"] = turns[group.run]
-        found.append(_pack(method, cache, **options) if isinstance(cache, WorkingSet) else cache)
+        if isinstance(cache, WorkingSet):
+            cache = _pack(method, cache, plan.rules, **options)
+        found.append(cache)
     return tuple(found)
 
 
@@ -265,8 +278,11 @@ def pack_options(plan: Plan, eviction: Eviction, *, tail: int) -> list[dict[str,
         elif eviction.compete == "layer" or len(set(budgets)) > 1:
             pool = tuple(quota)
         slots = max(budgets) if eviction.compete == "head" else eviction.slots
-        options = {"pages": pages_for(layout, slots), "pool": pool, "stacked": stacked}
-        found.append(options | {"capacity": plan.config.max_positions, "tail": max(1, tail)})
+        options: dict[str, Any] = {"pages": pages_for(layout, slots), "pool": pool}
+        if plan.rules is not None and plan.rules.sequence > 1:
+            options |= {"shards": plan.rules.sequence, "axis": "sequence"}
+        options |= {"stacked": stacked, "capacity": plan.config.max_positions}
+        found.append(options | {"tail": max(1, tail)})
     return found
 
 
@@ -286,13 +302,18 @@ def packed_shapes(
     return jax.eval_shape(make)
 
 
-_pack = jax.jit(pack, static_argnames=("pages", "pool", "stacked", "capacity", "tail"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("rules", "pages", "pool", "stacked", "capacity", "tail", "shards", "axis"),
+)
+def _pack(method: Method, cache: WorkingSet, rules: ShardingRules | None, **options) -> Cache:
+    return keep_placed(rules, pack(method, cache, **options))
 
 
 def _pages_held(method: Method, tokens: WorkingSet) -> int:
     """Whole pages of what a group of layers holds of each sequence, of the fullest one."""
     held = packed_region(method.layout, tokens.positions, tokens.length).sum((0, 2, 3))  # [b]
-    return max(1, int(jax.device_get(held).max()) // method.layout.page)
+    return max(1, int(fetch(held).max()) // method.layout.page)
 
 
 def _one(plan: Plan, i: int) -> Method:

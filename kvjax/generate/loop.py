@@ -19,6 +19,7 @@ from kvjax.generate.evict import Keep, drop, pack_all, take_history
 from kvjax.generate.inputs import check_sampling, pad_rows, token_counts
 from kvjax.generate.plan import Plan, block_size, forward_block, init_caches
 from kvjax.models.decoder import Params, logits
+from kvjax.parallel.processes import fetch
 from kvjax.policies.eviction import Eviction
 
 Array = jax.Array
@@ -128,7 +129,7 @@ def start(
     """
     check_sampling(max_new, temperature, rng, block)
     longest = int(token_counts(prompts, vocab=params.embed.shape[0]).max())
-    past = 0 if caches is None else int(jax.device_get(caches[0].length[0]).max())
+    past = 0 if caches is None else int(fetch(caches[0].length[0]).max())
     capacity = past + longest + max_new
     if capacity > plan.config.max_positions:
         raise InputError(

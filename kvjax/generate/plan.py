@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,8 @@ from kvjax.core.method import Method
 from kvjax.core.pytree import pytree, static
 from kvjax.models.config import ModelConfig, layer_runs
 from kvjax.models.decoder import Params, decode_layers, rope_frequencies
-from kvjax.parallel.place import make_cache, repeat_method
+from kvjax.parallel.place import keep_placed, make_cache, repeat_method
+from kvjax.parallel.processes import fetch
 from kvjax.parallel.rules import ShardingRules, cache_specs, method_specs, param_specs
 from kvjax.policies.eviction import Eviction
 
@@ -49,6 +49,7 @@ class Plan:
       stacked: per group, whether that is so.
       groups: in order of their runs; caches come one per group.
       rules: how it is spread over devices, or None. `config` then has a KV head for every device.
+      copies: how often each KV head is there, with a part of its queries each.
     """
 
     methods: tuple[Method, ...]
@@ -56,6 +57,7 @@ class Plan:
     groups: tuple[Group, ...] = static()
     config: ModelConfig = static()
     rules: ShardingRules | None = static(default=None)
+    copies: int = static(default=1)
 
     def in_run(self, run: int) -> list[int]:
         """The groups of a run."""
@@ -89,7 +91,7 @@ def make_plan(
         repeated = [repeat_method(one, config.kv_heads, copies) for one in methods]
         config = dataclasses.replace(config, kv_heads=config.kv_heads * copies)
         plan = make_plan(config, repeated[0] if single else repeated)
-        return dataclasses.replace(plan, rules=rules)
+        return dataclasses.replace(plan, rules=rules, copies=copies)
     runs = layer_runs(config)
     if isinstance(method, Method):
         method.check(config.head_dim)
@@ -136,24 +138,22 @@ def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) ->
         rules.check(config, plan.methods, batch)
     shards = 1 if rules is None else rules.sequence
 
-    def make(method, stacked, group):
-        return init(
-            jax.tree.map(lambda a: a[0], method) if stacked else method,
-            capacity=capacity,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            batch=batch,
-            layers=len(group.layers),
-            window=group.window,
-            dtype=dtype,
-            shards=shards,
-            axis="sequence" if shards > 1 else None,
-        )
+    def one(method, stacked, group):
+        of = jax.tree.map(lambda a: a[0], method) if stacked else method
+        options = {
+            "capacity": capacity,
+            "kv_heads": config.kv_heads,
+            "head_dim": config.head_dim,
+            "batch": batch,
+            "layers": len(group.layers),
+            "window": group.window,
+            "dtype": dtype,
+            "shards": shards,
+            "axis": "sequence" if shards > 1 else None,
+        }
+        return make_cache(rules, init, of, **options)
 
-    def placed(*of):
-        return make(*of) if rules is None else make_cache(rules, functools.partial(make, *of))
-
-    return tuple(map(placed, plan.methods, plan.stacked, plan.groups))
+    return tuple(map(one, plan.methods, plan.stacked, plan.groups))
 
 
 def forward_block(
@@ -176,7 +176,7 @@ def forward_block(
     Returns:
       hidden `[b, t, D]`, caches, and `finite` bool `[layers, 2]` (keys, values).
     Raises:
-      InputError: working sets without the eviction that they were made for; an eviction on a mesh.
+      InputError: working sets without the eviction that they were made for.
     """
     if eviction is None and any(isinstance(cache, WorkingSet) for cache in caches):
         raise InputError(
@@ -185,16 +185,11 @@ def forward_block(
             expected="the one that they were made for",
             fix="pass eviction=keep.eviction",
         )
-    if plan.rules is not None:
-        if eviction is not None:
-            raise InputError(
-                "eviction",
-                got=f"a mesh of {plan.rules.mesh.size} devices",
-                expected="one device where a policy evicts",
-                fix="leave out the rules",
-            )
+    if plan.rules is not None and eviction is None:
         return _forward_sharded(plan, plan.rules, params, caches, tokens, count)
-    return _forward(plan, params, caches, tokens, count, eviction, probe)
+    # A policy may look at all heads of a layer: XLA finds out what it needs of other devices.
+    hidden, caches, finite = _forward(plan, params, caches, tokens, count, eviction, probe)
+    return hidden, tuple(keep_placed(plan.rules, cache) for cache in caches), finite
 
 
 def _forward_sharded(plan, rules, params, caches, tokens, count):
@@ -338,7 +333,7 @@ def block_size(plan: Plan, longest: int, wanted: int = 256) -> int:
 
 def check_finite(finite: Array) -> None:
     """Raises `InputError` that names the first layer whose keys or values are not finite."""
-    finite = jax.device_get(finite)
+    finite = fetch(finite)
     if finite.all():
         return
     layer = int((~finite.all(-1)).argmax())

@@ -13,7 +13,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvjax.cache.state import Cache
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.models.config import ModelConfig
@@ -46,15 +45,33 @@ def place_params(rules: ShardingRules, params: Params, config: ModelConfig) -> P
     return jax.tree.map(_put_own_part, params, on)
 
 
-def make_cache(rules: ShardingRules, make: Callable[[], Cache]) -> Cache:
-    """A new cache whose every part is allocated on its own device.
+def make_cache(
+    rules: ShardingRules | None, make: Callable[..., Any], of: Any, **options: Any
+) -> Any:
+    """`make(of, **options)`, a new cache whose every part is allocated on its own device.
 
+    Args:
+      rules: None makes it as it is.
+      make: `init` or `init_working_set`; compiled once for each of its options.
     Raises:
       InputError: a mesh without devices of some process.
     """
+    if rules is None:
+        return make(of, **options)
     _is_own(rules.mesh)
-    shape = jax.eval_shape(make)
-    return jax.jit(make, out_shardings=shardings(rules, cache_specs(shape)))()
+    return _make(of, make=make, rules=rules, options=tuple(sorted(options.items())))
+
+
+@functools.partial(jax.jit, static_argnames=("make", "rules", "options"))
+def _make(of, *, make, rules, options):
+    return keep_placed(rules, make(of, **dict(options)))
+
+
+def keep_placed(rules: ShardingRules | None, cache: Any) -> Any:
+    """A cache, or a working set, that stays where the rules want it; inside jit."""
+    if rules is None:
+        return cache
+    return jax.lax.with_sharding_constraint(cache, shardings(rules, cache_specs(cache)))
 
 
 def shardings(rules: ShardingRules, specs: Any) -> Any:

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from kvjax.cache.kept import Kept
 from kvjax.cache.state import Cache
+from kvjax.cache.working_set import WorkingSet
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.models.config import ModelConfig
@@ -148,27 +150,43 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def cache_specs(cache: Cache) -> Cache:
-    """The `PartitionSpec` of every leaf of a cache, as a prefix of it."""
+def cache_specs(cache: Cache | WorkingSet) -> Any:
+    """The `PartitionSpec` of every leaf of a cache, as a prefix of it.
+
+    Pages that heads compete for, in a pool of a policy's, are on every device.
+    """
     spec: Any = PartitionSpec
-    pages = spec(None, "data", "heads", "sequence")
-    if cache.kept is not None:
-        raise InputError(
-            "cache",
-            got="what a policy kept",
-            expected="a cache without an eviction",
-            fix="evict on one device, or shard the batch by hand",
-        )
+    rows, heads = spec(None, "data"), spec(None, "data", "heads")
+    if isinstance(cache, WorkingSet):
+        return jax.tree.map(lambda a: rows if a.ndim == 2 else heads, cache)
+    dealt = "sequence" if cache.shards > 1 else None
+    pages = spec(None, "data", "heads", dealt)
     return dataclasses.replace(
         cache,
-        window_key=spec(None, "data", "heads"),
-        window_value=spec(None, "data", "heads"),
-        window_positions=spec(None, "data"),
+        window_key=heads,
+        window_value=heads,
+        window_positions=rows,
         key_pages=pages,
         value_pages=pages,
-        page_starts=spec(None, "data", "sequence"),
-        length=spec(None, "data"),
-        packed=spec(None, "data"),
+        page_starts=spec(None, "data", dealt),
+        length=rows,
+        packed=rows,
+        kept=None if cache.kept is None else _kept_specs(cache.kept),
+    )
+
+
+def _kept_specs(kept: Kept) -> Any:
+    spec: Any = PartitionSpec
+    pages = spec() if kept.table is not None else spec(None, "data", "heads")
+    return dataclasses.replace(
+        kept,
+        key=pages,
+        value=pages,
+        positions=pages,
+        bias=None if kept.bias is None else pages,
+        table=None if kept.table is None else spec(None, "data", "heads"),
+        used=spec(),
+        most=spec(None, "data"),
     )
 
 

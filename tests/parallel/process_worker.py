@@ -10,10 +10,11 @@ from test_sharded import CONFIG, LAYOUT, weights
 
 import kvjax
 from kvjax.core.errors import InputError
-from kvjax.generate import check_finite, generate, make_plan
+from kvjax.generate import check_finite, generate, init_caches, make_plan
 from kvjax.parallel import ShardingRules, fetch, make_mesh, place_params, start_from_environment
 
 MAX_NEW = 50  # as in test_sharded.py, whose compilation is kept
+MORE, NEXT = 3, [[1, 2, 3], [4, 5]]
 
 
 def prompts():
@@ -33,6 +34,13 @@ def load(folder: str):
     )
 
 
+def in_two_parts(plan, params):
+    """Tokens after the prompts, and after those."""
+    caches = init_caches(plan, batch=2, capacity=200)
+    _, state = generate(plan, params, prompts(), max_new=MORE, caches=caches)
+    return generate(plan, params, NEXT, max_new=MORE, caches=state.caches)
+
+
 def told(f) -> str:
     try:
         f()
@@ -50,6 +58,12 @@ def main():
     params = place_params(rules, whole, CONFIG)
     tokens, state = generate(plan, params, prompts(), max_new=MAX_NEW)
     check_finite(fetch(state.finite))
+    # Sequences over processes: `generate` goes on from lengths that no process has all of.
+    apart = ShardingRules(make_mesh(2, 1, 2))
+    split = make_plan(CONFIG, method(), rules=apart)
+    sent = place_params(apart, whole, CONFIG)
+    more, last = in_two_parts(split, sent)
+    check_finite(last.finite)
     pages = jax.tree.leaves(state.caches[0].key_pages)[0]
     own = dataclasses.replace(whole, final_norm=whole.final_norm * (1 + jax.process_index()))
     single = ShardingRules(make_mesh(1, 1, 1))
@@ -57,6 +71,7 @@ def main():
         "process": jax.process_index(),
         "devices": [len(jax.devices()), len(jax.local_devices())],
         "tokens": fetch(tokens).tolist(),
+        "more": fetch(more).tolist(),
         "packed": fetch(state.caches[0].packed).tolist(),
         "here": [s.data.nbytes for s in pages.addressable_shards],
         "pages": pages.nbytes,

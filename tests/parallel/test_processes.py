@@ -59,6 +59,8 @@ def test_two_processes_generate_what_one_does(tmp_path):
     want, state = generate(plan, params, prompts, max_new=process_worker.MAX_NEW)
     assert zero["tokens"] == one["tokens"] == np.asarray(want).tolist()
     assert zero["packed"] == one["packed"] == state.caches[0].packed.tolist()
+    more, _ = process_worker.in_two_parts(plan, params)
+    assert zero["more"] == one["more"] == np.asarray(more).tolist()
     assert min(map(min, zero["packed"])) > 0  # some pages of every sequence are packed
     assert zero["devices"] == one["devices"] == [4, 2]
     # Every page is in one process only, and what is fetched is the whole.
