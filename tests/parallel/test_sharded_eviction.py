@@ -80,7 +80,7 @@ def test_what_stays_is_what_stays_on_one_device(name):
             np.testing.assert_array_equal(ours, theirs)
         exact = other.key if isinstance(other, WorkingSet) else other.window_key
         split = exact.sharding.shard_shape(exact.shape)
-        assert split[1] * mesh[0] == 4 and split[2] * mesh[1] == 4
+        assert (split[1] * mesh[0], split[2] * mesh[1]) == (4, 4)
 
 
 def stayed(cache):
