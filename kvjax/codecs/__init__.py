@@ -8,12 +8,14 @@ from kvjax.codecs.e8 import E8
 from kvjax.codecs.floats import Float4, Float8
 from kvjax.codecs.linear import Linear, rotated
 from kvjax.codecs.lloyd_max import distortion, lloyd_max
+from kvjax.codecs.low_rank import LowRank
 from kvjax.codecs.normalized import Normalized
 from kvjax.codecs.polar import Polar
 from kvjax.codecs.polar_pairs import PolarPairs
 from kvjax.codecs.qjl import QJL
 from kvjax.codecs.residual import Residual
 from kvjax.codecs.rotary_mean import RotaryMean
+from kvjax.codecs.sparse import Sparse
 from kvjax.codecs.split import Outliers, Split
 from kvjax.codecs.straight_through import straight_through
 from kvjax.codecs.tiers import Dropped, Tiers
@@ -34,6 +36,7 @@ __all__ = [
     "Float8",
     "Hadamard",
     "Linear",
+    "LowRank",
     "Matrix",
     "Normalized",
     "Orthogonal",
@@ -42,6 +45,7 @@ __all__ = [
     "PolarPairs",
     "Residual",
     "RotaryMean",
+    "Sparse",
     "Split",
     "Tiers",
     "TokenScale",

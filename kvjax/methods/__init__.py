@@ -3,6 +3,7 @@
 from kvjax.methods.e8 import e8
 from kvjax.methods.eden import eden
 from kvjax.methods.floats import fp8, mxfp4, nvfp4
+from kvjax.methods.gear import gear
 from kvjax.methods.hadamard_int import hadamard_int
 from kvjax.methods.kivi import kivi
 from kvjax.methods.naive import bf16, integer
@@ -27,6 +28,7 @@ __all__ = [
     "e8",
     "eden",
     "fp8",
+    "gear",
     "get",
     "hadamard_int",
     "integer",

@@ -14,6 +14,7 @@ from kvjax.core.rng import fold
 from kvjax.methods.e8 import e8
 from kvjax.methods.eden import eden
 from kvjax.methods.floats import fp8, mxfp4, nvfp4
+from kvjax.methods.gear import gear, gear_coded
 from kvjax.methods.hadamard_int import hadamard_int
 from kvjax.methods.kivi import kivi
 from kvjax.methods.naive import bf16, integer
@@ -62,6 +63,9 @@ RECIPES: dict[str, Recipe] = {
     **{f"int{b}": _fixed(integer(b)) for b in (8, 4, 3, 2)},
     **_each("hadamard-int", hadamard_int, (8, 4, 3, 2)),
     **{f"kivi-{b}": _fixed(kivi(b)) for b in (4, 2)},
+    **_each("gear-", gear, (4, 2)),
+    **_each("gear-l-", gear, (4, 2), outliers=0),
+    **_each("gear-l4-", gear_coded, (4, 2)),
     **{f"oscar-canalized-{b}": _canalized(b) for b in (4, 2)},
     **_each("quarot-", quarot, (4,)),
     **_each("turboquant-", turboquant, (1, 2, 2.5, 3, 3.5, 4, 5)),

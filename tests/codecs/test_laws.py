@@ -22,6 +22,7 @@ from kvjax.codecs import (
     Float8,
     Hadamard,
     Linear,
+    LowRank,
     Matrix,
     Normalized,
     Orthogonal,
@@ -30,6 +31,7 @@ from kvjax.codecs import (
     PolarPairs,
     Residual,
     RotaryMean,
+    Sparse,
     Split,
     Tiers,
     TokenScale,
@@ -168,6 +170,13 @@ CODECS = {
     "token scale": lambda: TokenScale(Linear(signs(D), Uniform(2, axis="tokens", group=8))),
     "token scale apart": lambda: TokenScale(Uniform(4), joint_heads=False, scale_dtype="float32"),
     "rotary mean": lambda: RotaryMean(mean(H, 1, 1, D), frequencies(), turbo(3)),
+    "low rank, dense": lambda: LowRank(mean(D, 3)),
+    "residual of low rank": lambda: Residual(
+        Uniform(2, axis="tokens"), LowRank(mean(D, 4), Uniform(4, axis="tokens", group=8))
+    ),
+    "sparse": lambda: Sparse(turbo(2), 2),
+    "sparse tokens": lambda: Sparse(Uniform(2, axis="tokens"), 4, "tokens"),
+    "gear": lambda: Sparse(Residual(Uniform(2, group=8), LowRank(mean(D, 4))), 4),
     "all at once": lambda: Centered(
         mean(H, 1, 1, D),
         Linear(
@@ -269,11 +278,17 @@ def test_transposing_reaches_every_leaf(name):
     codec = codec_of(name)
     x = jax.ShapeDtypeStruct((B, H, N, P, D), jnp.float32)
     plain, turned = (
-        jax.tree.leaves(jax.eval_shape(c.encode, x)) for c in (codec, codec.transpose_planes())
+        jax.tree_util.tree_leaves_with_path(jax.eval_shape(c.encode, x))
+        for c in (codec, codec.transpose_planes())
     )
-    words = [a.dtype == jnp.uint16 and a.ndim == 5 and "dense" not in name for a in plain]
+
+    def is_words(path, a):
+        bf16 = "dense" in name or str(path[-1]) in (".delta", ".channels", ".tokens")
+        return a.dtype == jnp.uint16 and a.ndim == 5 and not bf16
+
+    words = [is_words(*leaf) for leaf in plain]
     assert any(words) or "dense" in name
-    for a, b, is_word in zip(plain, turned, words, strict=True):
+    for (_, a), (_, b), is_word in zip(plain, turned, words, strict=True):
         *lead, rows, d = a.shape
         assert b.shape == ((*lead, d, rows) if is_word else a.shape)
 
