@@ -1,7 +1,7 @@
 """kvjax: compress the key-value cache of language models with pure functions on pytrees."""
 
 from kvjax import codecs, methods
-from kvjax.cache import Cache, append, attend, cache_bytes, extend, fork, init, prefill
+from kvjax.cache import Cache, append, attend, cache_bytes, extend, fork, init, prefill, reset
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
@@ -26,4 +26,5 @@ __all__ = [
     "init",
     "methods",
     "prefill",
+    "reset",
 ]

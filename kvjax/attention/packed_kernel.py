@@ -74,6 +74,8 @@ def attend_pages(
       q: `[b, h, g, d]` float32, scaled.
       lengths: `[b]` int32, tokens in the slots. The rest as `packed_decode`.
     """
+    if table is not None:  # slots without a page are read with weights of 0, which do not hide NaN:
+        table = jnp.where(table < 0, table[:, :1], table)  # as pages of the sequence's own
     key = key_form(method.key, pages[0], q[:, :, None])
     parts, restore = value_form(method.value, pages[1])
     out, lse = packed_decode(

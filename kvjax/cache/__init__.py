@@ -2,6 +2,8 @@
 
 from kvjax.cache.attend import attend
 from kvjax.cache.fork import fork, put, take
+from kvjax.cache.invariants import invariants
+from kvjax.cache.reset import reset
 from kvjax.cache.state import Cache, cache_bytes, history_bits_per_value, init
 from kvjax.cache.update import append, extend, prefill
 
@@ -14,7 +16,9 @@ __all__ = [
     "fork",
     "history_bits_per_value",
     "init",
+    "invariants",
     "prefill",
     "put",
+    "reset",
     "take",
 ]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.cache.pages import pool_parts, with_table
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
@@ -18,13 +19,15 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
 
     In a paged cache the packed pages are shared: only the page table, the exact window and the
     counters are copied, and no page of the pool is used. That is safe, since a page is written
-    once and never again; each sequence then grows into pages of its own. In a contiguous cache
-    the pages are copied.
+    once and not again while somebody reads it; each sequence then grows into pages of its own. In
+    a contiguous cache the pages are copied.
 
     Args:
-      source, target: indices on the batch axis; what `target` held is forgotten.
+      source, target: indices on the batch axis, `[]` or `[n]`; what `target` held is forgotten,
+        and pages that nobody else reads are free again.
     Raises:
-      InputError: outside jit, indices that it has not.
+      InputError: outside jit, indices that it has not; sequences of devices that do not share a
+        pool (under jit, where indices are not known, any of several such devices).
 
     Example:
       >>> import jax, kvjax
@@ -37,30 +40,20 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
       >>> int(fork(cache, 0, 1).length[0, 1])
       40
     """
-    _check_rows(cache, source, target)
-    copy = lambda a: a.at[:, target].set(a[:, source])
-    if cache.kept is not None:
+    check_rows(cache, source, target)
+    if cache.page_table is None:
         return put(cache, jnp.atleast_1d(target), take(cache, jnp.atleast_1d(source)))
-    shared = cache.page_table is not None
-    pages = (
-        {}
-        if shared
-        else {
-            "key_pages": jax.tree.map(copy, cache.key_pages),
-            "value_pages": jax.tree.map(copy, cache.value_pages),
-            "page_starts": copy(cache.page_starts),
-        }
-    )
-    return dataclasses.replace(
+    _check_same_part(cache, source, target)
+    copy = lambda a: a.at[:, target].set(a[:, source])
+    changed = dataclasses.replace(
         cache,
         window_key=copy(cache.window_key),
         window_value=copy(cache.window_value),
         window_positions=copy(cache.window_positions),
-        page_table=copy(cache.page_table) if shared else None,
         length=copy(cache.length),
         packed=copy(cache.packed),
-        **pages,
     )
+    return with_table(changed, copy(cache.page_table))
 
 
 def take(cache: Cache, rows: Array) -> Cache:
@@ -81,7 +74,7 @@ def take(cache: Cache, rows: Array) -> Cache:
       (1, 2)
     """
     _check_contiguous(cache)
-    _check_rows(cache, rows)
+    check_rows(cache, rows)
     return _by_sequence(cache, lambda a: a[:, rows])
 
 
@@ -92,7 +85,7 @@ def put(cache: Cache, rows: Array, part: Cache) -> Cache:
       InputError: as `take`.
     """
     _check_contiguous(cache)
-    _check_rows(cache, rows)
+    check_rows(cache, rows)
     return _by_sequence(cache, lambda a, new: a.at[:, rows].set(new), part)
 
 
@@ -111,7 +104,7 @@ def _by_sequence(cache: Cache, change, *others: Cache) -> Cache:
     return dataclasses.replace(changed, kept=dataclasses.replace(kept, **new))
 
 
-def _check_rows(cache: Cache, *rows: Array | int) -> None:
+def check_rows(cache: Cache, *rows: Array | int) -> None:
     """Where rows are known, outside jit: jax would take the nearest one, and put nothing."""
     batch = cache.length.shape[1]
     for index in rows:
@@ -125,6 +118,27 @@ def _check_rows(cache: Cache, *rows: Array | int) -> None:
                 expected=f"sequences 0 to {batch - 1}",
                 fix="take indices on the batch axis of this cache",
             )
+
+
+def _check_same_part(cache: Cache, source: Array | int, target: Array | int) -> None:
+    """Pages are shared on one device only."""
+    parts = pool_parts(cache)[0]
+    if parts == 1:
+        return
+    batch = cache.length.shape[1]
+    if any(isinstance(rows, jax.core.Tracer) for rows in (source, target)):
+        got = "sequences that are not known under jit"
+    else:
+        part = lambda rows: np.asarray(rows) % batch // (batch // parts)
+        if (part(source) == part(target)).all():
+            return
+        got = f"sequences {np.asarray(source).tolist()} and {np.asarray(target).tolist()}"
+    raise InputError(
+        "fork",
+        got=got,
+        expected=f"both in one of the {parts} parts of {batch // parts} that share a pool",
+        fix="name such sequences outside jit, or read the prefix again",
+    )
 
 
 def _check_contiguous(cache: Cache) -> None:

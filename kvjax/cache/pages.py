@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array, Code
 from kvjax.core.pytree import pytree
+
+LOST = -2  # in the page table: a page was wanted, and none was free
 
 
 @pytree
@@ -37,9 +39,11 @@ def read_chunk(cache: Cache, layer: Array | int, first: Array | int, count: int)
         starts = _slice(cache.page_starts, (layer, 0, begin), {2: count})[0]
     else:
         ids = _slice(cache.page_table, (layer, 0, begin), {2: count})[0]  # [b, c]
-        at = jnp.maximum(ids, 0)
-        take = lambda a: a[layer, at].swapaxes(1, 2)  # [b, c, h, ...] -> [b, h, c, ...]
-        starts = jnp.where(ids >= 0, cache.page_starts[layer, at], -1)
+        # Zeros where there is no page: another's may hold NaN, which a weight of 0 does not hide.
+        at = jnp.where(ids >= 0, ids, cache.page_starts.shape[1])
+        read = lambda a, fill: a.at[layer, at].get(mode="fill", fill_value=fill)
+        take = lambda a: read(a, 0).swapaxes(1, 2)  # [b, c, h, ...] -> [b, h, c, ...]
+        starts = read(cache.page_starts, -1)
     key, value = jax.tree.map(take, (cache.key_pages, cache.value_pages))
     unread = begin + jnp.arange(count) >= first
     return Chunk(key, value, jnp.where(unread, starts, -1))
@@ -68,22 +72,80 @@ def write_page(
     else:
         due_here = due
     slot = page // cache.shards % page_slots(cache)
-    changes: dict[str, Any] = {"packed": cache.packed.at[layer, row].add(due.astype(jnp.int32))}
-    if cache.page_table is None or cache.pool_used is None:
+    packed = cache.packed.at[layer, row].add(due.astype(jnp.int32))
+    cache = dataclasses.replace(cache, packed=packed)
+    if cache.page_table is None:
         put = lambda a, c: _update(a, c[None, None, :, None], (layer, row, 0, slot), due_here)
-        changes["page_starts"] = _update(
-            cache.page_starts, start[None, None, None], (layer, row, slot), due_here
-        )
-    else:  # the next free page of the pool; running out is seen by `overflow`, never hidden
-        free = cache.pool_used[layer]
-        put = lambda a, c: _update(a, c[None, None], (layer, free), due)
-        changes["page_starts"] = _update(cache.page_starts, start[None, None], (layer, free), due)
-        changes["page_table"] = _update(
-            cache.page_table, free[None, None, None], (layer, row, slot), due
-        )
-        changes["pool_used"] = cache.pool_used.at[layer].add(due.astype(jnp.int32))
+        starts = _update(cache.page_starts, start[None, None, None], (layer, row, slot), due_here)
+    else:
+        cache, own, found = _take_page(cache, layer, row, slot, due_here)
+        put = lambda a, c: _update(a, c[None, None], (layer, own), found)
+        starts = _update(cache.page_starts, start[None, None], (layer, own), found)
     key, value = jax.tree.map(put, (cache.key_pages, cache.value_pages), code)
-    return dataclasses.replace(cache, key_pages=key, value_pages=value, **changes)
+    return dataclasses.replace(cache, key_pages=key, value_pages=value, page_starts=starts)
+
+
+def _take_page(
+    cache: Cache, layer: Array | int, row: Array | int, slot: Array, due: Array
+) -> tuple[Cache, Array, Array]:
+    """The first free page of the pool for a slot of a sequence, which lets go of the one before.
+
+    Where none is free the slot is marked as lost, and so are all that the sequence would fill
+    later: what others give back is for those that can still be read.
+
+    Returns:
+      The cache, the page, and whether there is one.
+    """
+    assert cache.page_table is not None
+    assert cache.page_readers is not None
+    pool = cache.page_readers.shape[1]
+    entries = cache.page_table[layer, row]
+    old = jnp.where(due & (entries[slot] >= 0), entries[slot], pool)
+    readers = cache.page_readers.at[layer, old].add(-1, mode="drop")
+    unread = readers.at[layer, old].get(mode="fill", fill_value=1) == 0
+    starts = cache.page_starts.at[layer, jnp.where(unread, old, pool)].set(-1, mode="drop")
+    free = readers[layer] == 0
+    page = free.argmax().astype(jnp.int32)
+    found = due & free.any() & ~(entries == LOST).any()
+    name = jnp.where(found, page, LOST)[None, None, None]
+    changed = dataclasses.replace(
+        cache,
+        page_starts=starts,
+        page_table=_update(cache.page_table, name, (layer, row, slot), due),
+        page_readers=readers.at[layer, page].add(found.astype(jnp.int32)),
+    )
+    return changed, page, found
+
+
+def with_table(cache: Cache, table: Array) -> Cache:
+    """A cache with a pool whose sequences read other pages: those that nobody reads are free."""
+    assert cache.page_readers is not None
+    layers, pool = cache.page_readers.shape
+    index = jnp.where(table >= 0, table + first_pages(cache), pool).reshape(layers, -1)
+    rows = jnp.arange(layers)[:, None]
+    none = cache.page_readers.at[:].set(0)  # not zeros: a buffer that is given away is to be used
+    readers = none.at[rows, index].add(1, mode="drop")
+    starts = jnp.where(readers > 0, cache.page_starts, -1)
+    return dataclasses.replace(cache, page_table=table, page_readers=readers, page_starts=starts)
+
+
+def first_pages(cache: Cache) -> np.ndarray:
+    """Where in the pool the part begins that an entry of the page table counts in, `[b, n]`."""
+    assert cache.page_table is not None
+    _, b, n = cache.page_table.shape
+    data, shards = pool_parts(cache)
+    part = np.arange(b)[:, None] // (b // data) * shards + np.arange(n) // (n // shards)
+    return (part * (cache.pool_part or 0)).astype(np.int32)
+
+
+def pool_parts(cache: Cache) -> tuple[int, int]:
+    """In how many parts the pool is, over sequences and over shards: one of each on a device of
+    its own, that is inside a `shard_map`."""
+    if cache.pool_part is None or cache.page_readers is None:
+        return 1, 1
+    if cache.page_readers.shape[1] == cache.pool_part:
+        return 1, 1
+    return cache.page_readers.shape[1] // (cache.pool_part * cache.shards), cache.shards
 
 
 def page_slots(cache: Cache) -> int:
@@ -106,10 +168,14 @@ def row_pages_here(cache: Cache, layer: Array | int) -> Array:
 
 
 def overflow(cache: Cache, layer: Array | int) -> Array:
-    """Which sequences have outgrown the cache, `[b]` bool: their attention reads as NaN."""
+    """Which sequences have outgrown the cache, or lost a page for want of a free one, `[b]` bool:
+    their attention reads as NaN."""
     over = cache.length[layer] > cache.most_tokens(layer)
-    if cache.pool_used is not None:
-        over |= cache.pool_used[layer] > cache.page_starts.shape[1]
+    if cache.page_table is not None:
+        lost = (cache.page_table[layer] == LOST).any(-1)
+        if cache.shards > 1:  # only the device that had none knows
+            lost = jax.lax.psum(lost.astype(jnp.int32), cache.axis) > 0
+        over |= lost
     return over
 
 

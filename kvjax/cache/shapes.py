@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.cache.pages import LOST
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
+from kvjax.core.layout import Layout
 
 
 def check_shapes(
@@ -21,6 +23,13 @@ def check_shapes(
       arrays: by name; "q" has an axis of queries before d.
     """
     layers, b, h, _, d = cache.window_key.shape
+    if cache.page_readers is not None and cache.page_readers.shape[1] != cache.pool_part:
+        raise InputError(
+            "cache",
+            got=f"{cache.page_readers.shape[1]} pages in parts of {cache.pool_part}",
+            expected="the part of one device",
+            fix="call it inside a `shard_map` over the mesh that the cache was made for",
+        )
     if isinstance(layer, int) and not 0 <= layer < layers:
         raise InputError(
             "layer",
@@ -68,9 +77,9 @@ def check_values(real: Array, **arrays: Array) -> None:
             )
 
 
-def check_room(cache: Cache, layer: Array | int, length: Array) -> None:
-    """Raises `InputError` where sequences would outgrow the cache, outside jit; inside, they read
-    as NaN.
+def check_room(cache: Cache, layer: Array | int, length: Array, layout: Layout) -> None:
+    """Raises `InputError` where sequences would outgrow the cache or find no free page in its pool,
+    outside jit; inside, they read as NaN.
 
     Args:
       length: `[b]`, tokens that each would hold; 0 where nothing is added.
@@ -87,3 +96,42 @@ def check_room(cache: Cache, layer: Array | int, length: Array) -> None:
             expected=f"at most {int(most[row])} tokens",
             fix="init it with a larger capacity",
         )
+    if cache.page_table is not None and not isinstance(cache.page_table, jax.core.Tracer):
+        _check_pool(cache, layer, np.asarray(length), layout)
+
+
+def _check_pool(cache: Cache, layer: Array | int, length: np.ndarray, layout: Layout) -> None:
+    """Raises `InputError` for a sequence that has lost a page, or would: what `append` would do,
+    on a copy of the page table."""
+    assert cache.page_table is not None
+    assert cache.page_readers is not None
+    table, readers = np.array(cache.page_table[layer]), np.array(cache.page_readers[layer])
+    packed, adds = np.array(cache.packed[layer]), length > 0
+    lost = adds & (table == LOST).any(-1)
+    if lost.any():
+        raise InputError(
+            "cache",
+            got=f"sequence {int(lost.argmax())}, which found no free page before",
+            expected="one that can be read",
+            fix="`reset` it first",
+        )
+    due = np.where(adds, layout.packed_pages(length) - packed, 0)
+    if due.sum() <= (readers == 0).sum():
+        return
+    while (due > 0).any():
+        for row in np.argsort(-due, kind="stable")[: layout.encode_batch]:
+            if due[row] <= 0:
+                continue
+            slot = packed[row] % table.shape[1]
+            if table[row, slot] >= 0:
+                readers[table[row, slot]] -= 1
+            free = np.flatnonzero(readers == 0)
+            if not free.size:
+                raise InputError(
+                    "cache",
+                    got=f"{readers.size} pages in the pool, all read",
+                    expected=f"a free one for sequence {row}",
+                    fix="`reset` sequences that have ended, or init it with a larger pool",
+                )
+            table[row, slot], readers[free[0]] = free[0], 1
+            packed[row], due[row] = packed[row] + 1, due[row] - 1

@@ -27,8 +27,10 @@ class Cache:
       window_positions: `[l, b, w]` int32, -1 where empty.
       key_pages, value_pages: codes, leaves `[l, b, h, n, ...]`, or `[l, pool, h, ...]` if paged.
       page_starts: position of each page's first token, -1 where empty; `[l, b, n]` or `[l, pool]`.
-      page_table: `[l, b, n]` int32 into the pool (-1 unset), or None when contiguous.
-      pool_used: `[l]` int32, pages of the pool handed out, or None.
+      page_table: `[l, b, n]` int32 into the pool, or None when contiguous; -1 unset, -2 where a
+        sequence wanted a page and none was free (see `pages.overflow`).
+      page_readers: `[l, pool]` int32, how many entries of the table name each page, or None; a page
+        is free where that is 0.
       length: `[l, b]` int32, tokens appended.
       packed: `[l, b]` int32, pages encoded.
       capacity: tokens that fit; a longer sequence reads as NaN, never as something else.
@@ -38,6 +40,8 @@ class Cache:
         in its slot i div shards. Slots of a device lie together.
       axis: name of the mesh axis of those devices; the functions of a cache with more than one
         shard run inside a `shard_map` over it.
+      pool_part: pages of the pool on one device, or None. Where that is not all of them the table
+        counts within the part of its device: parts of the sequences come first, then shards.
     """
 
     window_key: Array
@@ -47,7 +51,7 @@ class Cache:
     value_pages: Code
     page_starts: Array
     page_table: Array | None
-    pool_used: Array | None
+    page_readers: Array | None
     length: Array
     packed: Array
     capacity: int = static()
@@ -55,6 +59,7 @@ class Cache:
     kept: Kept | None = None
     shards: int = static(default=1)
     axis: str | None = static(default=None)
+    pool_part: int | None = static(default=None)
 
     def history(self) -> list[Array]:
         """The leaves that hold packed tokens and all that is needed to read them."""
@@ -80,6 +85,7 @@ def init(
     dtype=jnp.bfloat16,
     shards: int = 1,
     axis: str | None = None,
+    parts: int = 1,
 ) -> Cache:
     """An empty cache.
 
@@ -88,9 +94,11 @@ def init(
       window: sliding attention window; the cache then keeps only the pages that it can reach.
       dtype: of the exact sink and recent window.
       shards, axis: devices that pages are dealt to, and their mesh axis; see `kvjax.parallel`.
+      parts: devices that the sequences are split over; counts only where there is a pool, of which
+        each then has a part.
     Raises:
       InputError: head_dim or page that the method does not take; capacity, window or shards under
-        1; more than one shard without an axis, or with a pool.
+        1; more than one shard without an axis; a pool or a batch that does not split.
 
     Example:
       >>> import kvjax
@@ -114,16 +122,18 @@ def init(
     layout = method.layout
     slots = layout.sink + layout.ring
     n = -(-layout.page_slots(capacity, window) // shards) * shards
-    if shards > 1 and layout.pool is not None:
-        raise InputError(
-            "layout",
-            got=f"a shared pool of pages over {shards} devices",
-            expected="contiguous pages where a sequence is sharded",
-            fix="leave out the pool",
-        )
     exact = (layers, batch, kv_heads, slots, head_dim)
-    paged = layout.pool is not None
-    pages = (layout.pool, kv_heads) if paged else (batch, kv_heads, n)
+    pool, part = layout.pool, None
+    if pool is not None:
+        part = pool_part(pool, parts, shards)
+        if batch % parts:
+            raise InputError(
+                "batch",
+                got=f"{batch} sequences in {parts} parts",
+                expected="a multiple",
+                fix="pad the batch, or make the axis data smaller",
+            )
+    pages = (batch, kv_heads, n) if pool is None else (pool, kv_heads)
 
     def empty(codec):
         page = jax.ShapeDtypeStruct((1, 1, 1, layout.page, head_dim), jnp.float32)
@@ -139,16 +149,33 @@ def init(
         window_positions=full((layers, batch, slots), -1),
         key_pages=empty(method.key),
         value_pages=empty(method.value),
-        page_starts=full((layers, layout.pool) if paged else (layers, batch, n), -1),
-        page_table=full((layers, batch, n), -1) if paged else None,
-        pool_used=full((layers,), 0) if paged else None,
+        page_starts=full((layers, batch, n) if pool is None else (layers, pool), -1),
+        page_table=None if pool is None else full((layers, batch, n), -1),
+        page_readers=None if pool is None else full((layers, pool), 0),
         length=full((layers, batch), 0),
         packed=full((layers, batch), 0),
         capacity=capacity,
         window=window,
         shards=shards,
         axis=axis,
+        pool_part=part,
     )
+
+
+def pool_part(pool: int, parts: int, shards: int) -> int:
+    """Pages of a pool on each of `parts x shards` devices.
+
+    Raises:
+      InputError: a pool that they do not divide.
+    """
+    if parts < 1 or pool % (parts * shards):
+        raise InputError(
+            "pool",
+            got=f"a shared pool of {pool} pages over {parts} x {shards} devices (data x sequence)",
+            expected="as many pages on each of them",
+            fix="use a multiple, or another mesh",
+        )
+    return pool // (parts * shards)
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -39,15 +39,15 @@ def append(
       k, v: `[b, h, d]`, keys after RoPE.
       active: `[b]` bool; sequences that are False stay as they are. None is all.
     Raises:
-      InputError: shapes that differ from the cache's; outside jit also a full cache (under jit
-        its attention reads as NaN), and numbers that are not finite.
+      InputError: shapes that differ from the cache's; outside jit also a full cache or pool (under
+        jit the sequence that outgrew it reads as NaN), and numbers that are not finite.
     """
     check_shapes(cache, layer, k=k, v=v)
     layout = method.layout
     active = jnp.ones(k.shape[0], bool) if active is None else active
     check_values(active, k=k, v=v)
     position = cache.length[layer]
-    check_room(cache, layer, jnp.where(active, position + 1, 0))
+    check_room(cache, layer, jnp.where(active, position + 1, 0), layout)
     slot = jnp.where(active, window_slot(layout, cache, position), cache.window_key.shape[3])
     rows = jnp.arange(k.shape[0])
     put = lambda a, new: a.at[layer, rows, :, slot].set(narrow_like(new, a), mode="drop")
@@ -130,7 +130,7 @@ def extend(
     scale = d**-0.5 if scale is None else scale
     count = jnp.full((b,), t, jnp.int32) if count is None else count
     before = cache.length[layer]  # [b]
-    check_room(cache, layer, jnp.where(count > 0, before + count, 0))
+    check_room(cache, layer, jnp.where(count > 0, before + count, 0), layout)
     offsets = jnp.arange(t)
     check_values(offsets < count[:, None], q=q, k=k, v=v)
     positions = before[:, None] + offsets  # [b, t]
@@ -184,7 +184,7 @@ def prefill(
     check_values(jnp.ones(k.shape[:2], bool), **arrays)
     if not k.shape[1]:
         return q, cache
-    check_room(cache, layer, cache.length[layer] + k.shape[1])
+    check_room(cache, layer, cache.length[layer] + k.shape[1], method.layout)
     t, block = k.shape[1], min(block or method.layout.page, k.shape[1])
     whole = t - t % block
     queries = k[:, :, :, None] if q is None else q

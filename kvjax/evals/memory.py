@@ -111,7 +111,7 @@ def cache_units(config: ModelConfig, method: Method | Sequence[Method]) -> tuple
     """What `init_caches` allocates, taken apart along the axes of a mesh, by group of layers.
 
     Raises:
-      InputError: a method that does not fit, or pages in a shared pool, which are not split.
+      InputError: a method that does not fit, or pages in a shared pool, whose size is given.
     """
     alone = dataclasses.replace(config, q_heads=1, kv_heads=1)
     plan = make_plan(alone, method)

@@ -150,6 +150,7 @@ def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) ->
             "dtype": dtype,
             "shards": shards,
             "axis": "sequence" if shards > 1 else None,
+            "parts": 1 if rules is None else rules.data,
         }
         return make_cache(rules, init, of, **options)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kvjax.cache.kept import Kept
-from kvjax.cache.state import Cache
+from kvjax.cache.state import Cache, pool_part
 from kvjax.cache.working_set import WorkingSet
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
@@ -35,6 +35,7 @@ class ShardingRules:
         heads      KV heads with their queries, and the attention weights that make them
         sequence   packed pages of every sequence, dealt in turn; windows are on every device
 
+    A shared pool of pages is in equal parts over data and sequence: pages are shared within a part.
     All else is on every device.
 
     Args:
@@ -93,7 +94,7 @@ class ShardingRules:
         return copies
 
     def check(self, config: ModelConfig, methods: Sequence[Method], batch: int) -> None:
-        """Raises `InputError` for a batch, heads, widths or codecs that do not split."""
+        """Raises `InputError` for a batch, heads, widths, pools or codecs that do not split."""
         self.copies(config)
         if batch % self.data:
             raise InputError(
@@ -117,14 +118,8 @@ class ShardingRules:
                     expected="codecs of one head",
                     fix="make the axis heads 1",
                 )
-            pool = method.layout.pool
-            if pool is not None:
-                raise InputError(
-                    "layout",
-                    got=f"a shared pool of {pool} pages and sharding rules",
-                    expected="contiguous pages",
-                    fix="leave out the pool",
-                )
+            if method.layout.pool is not None:
+                pool_part(method.layout.pool, self.data, self.sequence)
 
 
 def make_mesh(
@@ -160,7 +155,12 @@ def cache_specs(cache: Cache | WorkingSet) -> Any:
     if isinstance(cache, WorkingSet):
         return jax.tree.map(lambda a: rows if a.ndim == 2 else heads, cache)
     dealt = "sequence" if cache.shards > 1 else None
-    pages = spec(None, "data", "heads", dealt)
+    pages, starts = spec(None, "data", "heads", dealt), spec(None, "data", dealt)
+    paged: dict[str, Any] = {}
+    if cache.page_table is not None:
+        part = ("data",) if dealt is None else ("data", dealt)
+        paged = {"page_table": starts, "page_readers": spec(None, part)}
+        pages, starts = spec(None, part, "heads"), spec(None, part)
     return dataclasses.replace(
         cache,
         window_key=heads,
@@ -168,10 +168,11 @@ def cache_specs(cache: Cache | WorkingSet) -> Any:
         window_positions=rows,
         key_pages=pages,
         value_pages=pages,
-        page_starts=spec(None, "data", dealt),
+        page_starts=starts,
         length=rows,
         packed=rows,
         kept=None if cache.kept is None else _kept_specs(cache.kept),
+        **paged,
     )
 
 
