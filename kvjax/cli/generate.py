@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from kvjax.cli import options
 from kvjax.core.errors import InputError
+
+SAVE_EVERY = 1024  # tokens
 
 
 def add(subparsers) -> None:
@@ -35,6 +41,16 @@ def add(subparsers) -> None:
         action="store_true",
         help="keep the budget in bf16 and evict at every step: no method, no growth",
     )
+    group = parser.add_argument_group("state that lasts")
+    group.add_argument(
+        "--save", metavar="FOLDER", help="save the state there; the same command goes on from it"
+    )
+    group.add_argument(
+        "--save-every",
+        type=int,
+        metavar="TOKENS",
+        help=f"of the prompt or new, between two saves ({SAVE_EVERY})",
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     layout = options.layout_of(args)
     options.positive("--max-new", args.max_new)
     check_keep(args)
+    check_save(args)
     if not args.temperature >= 0:  # NaN too
         raise InputError(
             "--temperature", got=args.temperature, expected="0 or more", fix="0 is greedy"
@@ -53,52 +70,50 @@ def run(args: argparse.Namespace) -> int:
     if not prompt.strip():
         raise InputError("prompt", got="no text", expected="some text", fix="give a prompt")
 
-    import jax
-
     from kvjax.calibrate.artefact import load_moments
-    from kvjax.generate import check_finite, make_plan, start, step
+    from kvjax.generate import check_finite, make_plan
     from kvjax.models.load import load
 
     options.use_compilation_cache()
-    with options.progress() as report:
-        report(f"loading {args.model}")
-        model = load(args.model)
-        if model.tokenizer is None:
-            raise InputError(
-                args.model,
-                got="no tokenizer",
-                expected="a tokenizer.json beside the weights",
-                fix="add it to the folder",
+    with contextlib.ExitStack() as stack:
+        with options.progress() as report:
+            report(f"loading {args.model}")
+            model = load(args.model)
+            if model.tokenizer is None:
+                raise InputError(
+                    args.model,
+                    got="no tokenizer",
+                    expected="a tokenizer.json beside the weights",
+                    fix="add it to the folder",
+                )
+            moments = None
+            if args.calibration is not None:
+                moments, _ = load_moments(args.calibration, model.config, model.params)
+            method = get_for_model(
+                args.method, model.config, moments, layout=layout, seed=args.seed
             )
-        moments = None
-        if args.calibration is not None:
-            moments, _ = load_moments(args.calibration, model.config, model.params)
-        method = get_for_model(args.method, model.config, moments, layout=layout, seed=args.seed)
-        plan = make_plan(model.config, method)
-        ids = (
-            model.tokenizer.chat([{"role": "user", "content": prompt}])
-            if args.chat
-            else model.tokenizer.encode(prompt)
-        )
-        keep = make_keep(args, model, len(ids))
-        report("reading the prompt")
-        sampling = {"rng": jax.random.key(args.seed), "temperature": args.temperature}
-        state = start(plan, model.params, [ids], max_new=args.max_new, keep=keep, **sampling)
-        check_finite(state.finite)
-    eviction = keep.eviction if keep is not None and not keep.pack else None
-    stream, count, clock = model.tokenizer.stream(), 0, None
-    while True:
-        token = int(state.token[0])
-        if token in model.config.eos_ids:
-            break
-        print(stream.push(token), end="", flush=True)
-        count += 1
-        if count == args.max_new:
-            break
-        state = step(plan, model.params, state, temperature=args.temperature, eviction=eviction)
-        if clock is None:  # from the first step on: compiling it is not speed
-            jax.block_until_ready(state)
-            clock, before = time.perf_counter(), count
+            plan = make_plan(model.config, method)
+            ids = (
+                model.tokenizer.chat([{"role": "user", "content": prompt}])
+                if args.chat
+                else model.tokenizer.encode(prompt)
+            )
+            keep = make_keep(args, model, len(ids))
+            report("reading the prompt")
+            steps = stack.enter_context(generation(args, plan, model, ids, keep))
+            first = next(steps)
+            check_finite(first[1].finite)
+        stream, count, clock = model.tokenizer.stream(), 0, None
+        for made in itertools.chain([first], steps):
+            new, state = made
+            if clock is None and count:  # from the first step on: compiling it is not speed
+                clock, before = time.perf_counter(), count
+            ends = [n for n, token in enumerate(new) if token in model.config.eos_ids]
+            for token in new[: ends[0] if ends else None]:
+                print(stream.push(token), end="", flush=True)
+                count += 1
+            if ends:
+                break
     print(stream.finish(), flush=True)
     check_finite(state.finite)
     seconds = time.perf_counter() - clock if clock else 0.0
@@ -110,6 +125,50 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(summary_of_kept(plan, state, sizes, args, len(ids) + count), file=sys.stderr)
     return 0
+
+
+@contextlib.contextmanager
+def generation(
+    args: argparse.Namespace, plan, model, ids: list[int], keep
+) -> Iterator[Iterator[tuple[list[int], Any]]]:
+    """New tokens and the state after them, one by one; saved as they come where that is wanted."""
+    import jax
+
+    from kvjax.generate import start, step
+
+    sampling: dict[str, Any] = {"max_new": args.max_new, "temperature": args.temperature}
+    sampling |= {"rng": jax.random.key(args.seed), "keep": keep}
+
+    def plain():
+        state = start(plan, model.params, [ids], **sampling)
+        eviction = keep.eviction if keep is not None and not keep.pack else None
+        yield [int(state.token[0])], state
+        for _ in range(args.max_new - 1):
+            state = step(plan, model.params, state, temperature=args.temperature, eviction=eviction)
+            yield [int(state.token[0])], state
+
+    if args.save is None:
+        yield plain()
+        return
+    from kvjax.checkpoint import Saver
+    from kvjax.generate.resume import steps_saving
+
+    with Saver(args.save) as saver:
+        every = SAVE_EVERY if args.save_every is None else args.save_every
+        tell = lambda line: print(f"[{line}]", file=sys.stderr, flush=True)
+        steps = steps_saving(plan, model.params, [ids], saver, every=every, report=tell, **sampling)
+        yield ((new[0].tolist(), state) for new, state in steps)
+
+
+def check_save(args: argparse.Namespace) -> None:
+    """Raises `InputError` for `--save-every` that is no number of tokens, or without `--save`."""
+    if args.save_every is None:
+        return
+    options.positive("--save-every", args.save_every)
+    if args.save is None:
+        raise InputError(
+            "--save-every", got="no --save", expected="a folder beside it", fix="give --save FOLDER"
+        )
 
 
 def check_keep(args: argparse.Namespace) -> None:

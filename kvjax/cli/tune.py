@@ -7,7 +7,8 @@ import dataclasses
 import shlex
 import sys
 
-from kvjax.cli import options
+from kvjax.cli import options, qat
+from kvjax.core.errors import InputError
 
 CONTEXT = 512  # tokens per window: early tokens have most of the weight, so many short windows
 METHODS = ("klt-fisher-2", "klt-fisher-3", "klt-fisher-4")
@@ -19,25 +20,44 @@ def add(subparsers) -> None:
         help="correct a calibrated method's keys by gradients, at the same bytes",
         description="Learns means, rotations, scales and gains of keys, layer by layer. Writes "
         "OUT/tuned.safetensors, which `kvjax compare --methods tuned:OUT` takes together with the "
-        "same --calibration. Never tune on the text you test on.",
+        "same --calibration. With --qat it trains the model's W_K and W_V for a method instead. "
+        "Never tune on the text you test on.",
     )
     options.add_model(parser)
     parser.add_argument(
         "--calibration",
-        required=True,
-        help="folder that `kvjax calibrate --gradients` wrote for this model",
+        help="folder that `kvjax calibrate --gradients` wrote for this model; needed without --qat",
     )
     options.add_sample(parser, tokens=4096)
     parser.add_argument(
-        "--method", default=METHODS[0], choices=METHODS, help="what to tune (%(default)s)"
+        "--method", help=f"what to tune: {', '.join(METHODS)} ({METHODS[0]}); with --qat any method"
     )
-    parser.add_argument("--steps", type=int, default=20, help="of Adam per layer (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of Adam: 20 per layer, with --qat 100")
     parser.add_argument("--seed", type=int, default=0, help="of drawn labels (%(default)s)")
-    parser.add_argument("--out", default="runs/tuned", help="folder (%(default)s)")
+    parser.add_argument("--out", help="folder (runs/tuned, with --qat runs/qat)")
+    qat.add(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.qat:
+        return qat.run(args)
+    qat.check_unused(args)
+    args.method, args.out = args.method or METHODS[0], args.out or "runs/tuned"
+    args.steps = 20 if args.steps is None else args.steps
+    if args.calibration is None or args.method not in METHODS:
+        raise InputError(
+            "--calibration" if args.calibration is None else "--method",
+            got="none" if args.calibration is None else args.method,
+            expected="a folder that `kvjax calibrate --gradients` wrote"
+            if args.calibration is None
+            else ", ".join(METHODS),
+            fix="give it, or train the model for a method with --qat",
+        )
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     import kvjax
     from kvjax.calibrate.artefact import load_moments
     from kvjax.calibrate.tuned_file import TunedFrom, moments_hash, save_tuned

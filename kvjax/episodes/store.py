@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 import kvjax
+from kvjax.checkpoint import folder as disk
+from kvjax.checkpoint.tree import mark
 from kvjax.core.errors import InputError
 from kvjax.episodes.conversation import Conversation, Question, Utterance
 from kvjax.episodes.index import EpisodeIndex
@@ -26,8 +27,7 @@ from kvjax.episodes.memory import Memory, Reader
 from kvjax.generate.evict import packed_shapes
 
 VERSION = "1"
-CURRENT = "current"  # a file that names the folder that counts, and the checksum of its facts
-ARRAYS, FACTS, LOCK = "arrays.safetensors", "memory.json", ".lock"
+ARRAYS, FACTS = "arrays.safetensors", "memory.json"
 
 
 def save(
@@ -46,15 +46,12 @@ def save(
     Raises:
       InputError: a folder that cannot be written, a full disk.
     """
-    root = Path(folder)
+    root, new = Path(folder), None
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        taken = [int(path.name) for path in root.iterdir() if path.name.isdigit()]
-        new = root / f"{1 + max(taken, default=0):06d}"
-        new.mkdir()
+        new = disk.new_folder(root)
         arrays = {name: np.asarray(a) for name, a in _leaves(memory.caches, memory.index).items()}
         save_file(arrays, new / ARRAYS)
-        _sync(new / ARRAYS)
+        disk.sync(new / ARRAYS)
         facts = _facts(reader) | {
             "embedder": reader.embedding_mark,
             "settings": dict(settings or {}),
@@ -64,24 +61,17 @@ def save(
             "read": memory.read,
             "firsts": memory.firsts,
             "tail": _tail(memory),
-            "sha256": _digest(new / ARRAYS),
+            "sha256": disk.digest_of(new / ARRAYS),
             "conversation": dataclasses.asdict(memory.conversation),
         }
-        _write(new / FACTS, json.dumps(facts, indent=1))
-        _sync(new)
-        _write(root / f"{CURRENT}.new", f"{new.name} {_digest(new / FACTS)}\n")
-        os.replace(root / f"{CURRENT}.new", root / CURRENT)
-        _sync(root)
+        disk.write(new / FACTS, json.dumps(facts, indent=1))
+        disk.sync(new)
+        disk.commit(root, [(new, disk.digest_of(new / FACTS))])
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"memory in {root}",
-            got=f"a folder that does not take it ({_reason(error)})",
-            expected="one that can be written, with room",
-            fix="free some space or name another folder; what was saved before is as it was",
-        ) from error
-    for path in root.iterdir():
-        if path != new and _ours(path):
-            shutil.rmtree(path, ignore_errors=True)
+        if new is not None and not disk.counts(new):  # the room that it took
+            shutil.rmtree(new, ignore_errors=True)
+        raise disk.not_taken(f"memory in {root}", error) from error
+    disk.tidy(root, [new], lambda path: path.name.startswith((ARRAYS, FACTS)))
     return new
 
 
@@ -103,12 +93,11 @@ def load(reader: Reader, folder: str | os.PathLike) -> Memory | None:
     made, own = facts["embedder"], reader.embedding_mark
     if len(made) != len(own) or not np.allclose(made, own, atol=0.01):
         raise _other(root, "vectors of an embedder", made[:3], f"those of this one, {own[:3]}")
-    if _digest(at / ARRAYS) != facts["sha256"]:
-        raise _damaged(at / ARRAYS, "its checksum is another")
+    disk.check_digest(at / ARRAYS, facts["sha256"])
     try:
         arrays = load_file(at / ARRAYS)
     except (OSError, SafetensorError) as error:
-        raise _damaged(at / ARRAYS, error) from error
+        raise disk.damaged(at / ARRAYS, error) from error
     eviction, episodes = reader.settings.eviction, len(facts["pending"])
     shapes = packed_shapes(reader.plan, eviction, batch=episodes, tail=facts["tail"])
     caches = _filled(shapes, "caches", arrays, at)
@@ -136,44 +125,17 @@ def peek(folder: str | os.PathLike) -> tuple[Memory, dict[str, Any]] | None:
             names = file.keys()
             arrays = {n: file.get_tensor(n) for n in names if n.startswith("index.")}
     except (OSError, SafetensorError) as error:
-        raise _damaged(at / ARRAYS, error) from error
+        raise disk.damaged(at / ARRAYS, error) from error
     return _memory(facts, _index(arrays), ()), facts
 
 
-@contextlib.contextmanager
-def alone(folder: str | os.PathLike) -> Iterator[None]:
+def alone(folder: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
     """Nobody else who asks for it writes into the folder meanwhile, where there are file locks.
 
     Raises:
       InputError: somebody does.
     """
-    root = Path(folder)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / LOCK).open("w")
-    except OSError as error:
-        raise InputError(
-            f"memory in {root}",
-            got=_reason(error),
-            expected="a folder that can be written",
-            fix="name another folder",
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"memory in {root}",
-                got="another conversation with it under way",
-                expected="one at a time",
-                fix="end the other one, or name another folder",
-            ) from error
-        yield
+    return disk.alone(Path(folder), "conversation")
 
 
 def _memory(facts: dict[str, Any], index: EpisodeIndex | None, caches: Any) -> Memory:
@@ -199,17 +161,9 @@ def _facts(reader: Reader) -> dict[str, Any]:
         "method": plan.methods[0].name,
         "layout": dataclasses.asdict(plan.methods[0].layout),
         "budget": list(eviction.budgets),
-        "codec": _hash_of(plan.methods),
-        "eviction": _hash_of(eviction),
+        "codec": mark(plan.methods),
+        "eviction": mark(eviction),
     }
-
-
-def _hash_of(tree: Any) -> str:
-    digest = hashlib.sha256(str(jax.tree.structure(tree)).encode())
-    for leaf in jax.tree.leaves(tree):
-        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        digest.update(np.asarray(jax.random.key_data(leaf) if key else leaf).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _leaves(caches: Any, index: EpisodeIndex | None) -> dict[str, Any]:
@@ -253,28 +207,13 @@ def _tail(memory: Memory) -> int:
     return next((c.page_starts.shape[-1] for c in memory.caches if c.kept is not None), 1)
 
 
-def _ours(path: Path) -> bool:
-    """Whether `save` made the folder: what else is there is left alone."""
-    numbered = path.is_dir() and path.name.isdigit() and len(path.name) >= 6
-    return numbered and all(file.name.startswith((ARRAYS, FACTS)) for file in path.iterdir())
-
-
 def _read_facts(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """The folder that counts and its facts, as they were written."""
-    try:
-        words = (root / CURRENT).read_text(encoding="utf-8").split()
-    except (FileNotFoundError, NotADirectoryError):
-        if root.exists() and not root.is_dir():
-            raise _damaged(root, "it is no folder") from None
+    found = disk.current(root)
+    if not found:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(root / CURRENT, error) from error
-    name, digest = (*words, "", "")[:2]
-    if not name.isdigit() or not (root / name).is_dir():
-        raise _damaged(root / CURRENT, f"it names {name!r}, which is not there")
-    at = root / name
-    if _digest(at / FACTS) != digest:
-        raise _damaged(at / FACTS, "its checksum is another")
+    at, digest = found[0]
+    disk.check_digest(at / FACTS, digest)
     return at, json.loads((at / FACTS).read_text(encoding="utf-8"))
 
 
@@ -285,38 +224,3 @@ def _other(root: Path, what: str, got: Any, expected: Any) -> InputError:
         expected=str(expected),
         fix="open it with what it was made with, or name another folder",
     )
-
-
-def _damaged(path: Path, why: Any) -> InputError:
-    return InputError(
-        str(path),
-        got=f"a file that cannot be read ({_reason(why)})",
-        expected="what `save` wrote",
-        fix="restore it from a backup, or name another folder",
-    )
-
-
-def _reason(why: Any) -> str:
-    return (why.strerror if isinstance(why, OSError) else None) or " ".join(str(why).split())[:200]
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _damaged(path, error) from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """On the disk, not only on its way there."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

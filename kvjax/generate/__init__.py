@@ -9,6 +9,7 @@ from kvjax.generate.plan import (
     init_caches,
     make_plan,
 )
+from kvjax.generate.resume import generate_saving, prefill_saving, steps_saving
 
 __all__ = [
     "Plan",
@@ -18,10 +19,13 @@ __all__ = [
     "check_finite",
     "forward_block",
     "generate",
+    "generate_saving",
     "init_caches",
     "make_plan",
     "pad_prompts",
     "prefill",
+    "prefill_saving",
     "start",
     "step",
+    "steps_saving",
 ]

@@ -15,8 +15,10 @@ METHODS = CODECS | {"kvjax.attention", "kvjax.methods"}
 MODELS = CORE | {"kvjax.models"}
 CALIBRATE = METHODS | MODELS | {"kvjax.calibrate"}
 GENERATE = CACHE | MODELS | {"kvjax.parallel", "kvjax.generate"}
-EPISODES = GENERATE | {"kvjax.policies", "kvjax.episodes"}
-EVALS = EPISODES | CALIBRATE | {"kvjax.evals", "kvjax"}
+CHECKPOINT = CACHE | MODELS | {"kvjax.parallel", "kvjax.checkpoint"}
+TRAIN = GENERATE | {"kvjax.checkpoint", "kvjax.train"}
+EPISODES = GENERATE | {"kvjax.policies", "kvjax.episodes", "kvjax.checkpoint"}
+EVALS = EPISODES | CALIBRATE | TRAIN | {"kvjax.evals", "kvjax"}
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels"},
     "kvjax/core": CORE,
@@ -29,7 +31,9 @@ ALLOWED = {
     "kvjax/search": CODECS | {"kvjax.search"},
     "kvjax/calibrate": CALIBRATE,
     "kvjax/parallel": CACHE | MODELS | {"kvjax.parallel"},
-    "kvjax/generate": GENERATE,
+    "kvjax/checkpoint": CHECKPOINT,
+    "kvjax/generate": GENERATE | {"kvjax.checkpoint"},
+    "kvjax/train": TRAIN,
     "kvjax/episodes": EPISODES,
     "kvjax/evals": EVALS,
     "kvjax/cli": EVALS | {"kvjax.cli"},
