@@ -106,8 +106,10 @@ def read_record(root: Path, number: int | None = None) -> tuple[Path, Record] | 
 def check_about(root: Path, record: Record, expected: Mapping[str, Any]) -> None:
     """Raises `InputError` for the first fact that differs."""
     for name, value in plain(expected).items():
-        if record["about"].get(name) != value:
-            raise another(root, f"{name} {_short(record['about'].get(name))}", _short(value))
+        have = record["about"].get(name)
+        if have != value:
+            part, got, want = _first_difference(name, have, value)
+            raise another(root, f"{part} {_short(got)}", _short(want))
 
 
 def check_structure(root: Path, record: Record, like: Any) -> None:
@@ -151,6 +153,17 @@ def another(root: Path, got: str, expected: str) -> InputError:
         expected=" ".join(expected.split()),
         fix="go on with what it was made with, or name another folder",
     )
+
+
+def _first_difference(name: str, have: Any, want: Any) -> tuple[str, Any, Any]:
+    """Of two facts that differ the first part that does, and its name."""
+    if isinstance(have, dict) and isinstance(want, dict) and have.keys() == want.keys():
+        parts = [(f"{name} {key}", have[key], want[key]) for key in want]
+    elif isinstance(have, list) and isinstance(want, list) and len(have) == len(want):
+        parts = [(name, *pair) for pair in zip(have, want, strict=True)]
+    else:
+        return name, have, want
+    return next(_first_difference(*part) for part in parts if part[1] != part[2])
 
 
 def _short(value: Any) -> str:

@@ -142,10 +142,23 @@ def _check_leaf(root: Path, have: Leaf, want: Leaf, *, any_size: bool) -> None:
     """Raises `InputError` for a leaf of another kind, dtype or shape."""
     same = (have.kind, have.dtype) == (want.kind, want.dtype)
     rank = len(have.shape) == len(want.shape)
-    number = have.value is not None and want.kind == "array" and want.shape == ()
+    number = want.kind == "array" and want.shape == () and _fits(have.value, want.dtype)
     if not number and not (same and rank and (any_size or have.shape == want.shape)):
-        shown = lambda leaf: f"{leaf.dtype or leaf.kind} {list(leaf.shape)}"
+        shown = lambda leaf: (
+            f"{leaf.dtype or leaf.kind} {list(leaf.shape) if leaf.value is None else leaf.value}"
+        )
         raise another(root, f"{have.name} {shown(have)}", shown(want))
+
+
+def _fits(value: Any, dtype: str) -> bool:
+    """Whether an array of that dtype can have a plain number, rounded as floats are."""
+    if not isinstance(value, bool | int | float):
+        return False
+    kind = jnp.dtype(dtype)
+    if jnp.issubdtype(kind, jnp.integer):
+        limits = jnp.iinfo(kind)
+        return not isinstance(value, float) and limits.min <= value <= limits.max
+    return kind != jnp.bool_ or isinstance(value, bool)
 
 
 def _check_all_files(at: Path, record: Record) -> None:
@@ -183,7 +196,7 @@ def _fit(root: Path, one: _Anew, parts: list[Any], kv_heads: int | None) -> list
 
 def _sharding(value: Any) -> Sharding | None:
     """Where a leaf is to be; None is the default device, or numpy."""
-    if is_key(value) or isinstance(value, np.ndarray):
+    if is_key(value) or isinstance(value, np.ndarray | np.generic):
         return None
     return value.sharding if getattr(value, "committed", True) else None
 
@@ -194,7 +207,7 @@ def _place(have: Leaf, found: Any, want: Any) -> Any:
         return jnp.asarray(have.value, want.dtype) if hasattr(want, "dtype") else have.value
     if have.kind == "key":
         return jax.random.wrap_key_data(jnp.array(found), impl=have.random)
-    if isinstance(found, jax.Array) or isinstance(want, np.ndarray):
+    if isinstance(found, jax.Array) or isinstance(want, np.ndarray | np.generic):
         return found
     sharding = _sharding(want)
     if sharding is None:

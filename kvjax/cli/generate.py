@@ -161,7 +161,12 @@ def generation(
 
 
 def check_save(args: argparse.Namespace) -> None:
-    """Raises `InputError` for `--save-every` that is no number of tokens, or without `--save`."""
+    """Raises `InputError` for a folder without a name, or `--save-every` that is no number of
+    tokens or without `--save`."""
+    if args.save is not None and not args.save.strip():
+        raise InputError(
+            "--save", got="no name", expected="a folder", fix="give --save FOLDER, or . for here"
+        )
     if args.save_every is None:
         return
     options.positive("--save-every", args.save_every)

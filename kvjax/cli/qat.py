@@ -10,7 +10,9 @@ import time
 
 from kvjax.cli import options
 from kvjax.core.errors import InputError
+from kvjax.core.layout import Layout
 
+LAYOUT = ("sink", "recent", "page")
 _DEFAULTS = {"rank": 16, "rate": 2e-3, "anchor": 0.0, "context": 1024, "held_out": None}
 
 
@@ -39,6 +41,8 @@ def check_unused(args: argparse.Namespace) -> None:
     """Raises `InputError` for options of --qat without it."""
     given = [name for name in _DEFAULTS if getattr(args, name) is not None]
     given += ["books"] if args.books else []
+    layout = options.layout_of(args)
+    given += [name for name in LAYOUT if getattr(layout, name) != getattr(Layout(), name)]
     if given:
         raise InputError(
             "--" + given[0].replace("_", "-"),
@@ -93,15 +97,18 @@ def run(args: argparse.Namespace) -> int:
         made = get_for_model(method, model.config, moments, layout=layout, seed=args.seed)
         plan = make_plan(model.config, made)
         windows = list(model_windows(model, text, context=context, windows=count))
+        others = _held_out(model, held_out[1]) if held_out else None  # told before hours of work
         say = lambda message: print(message, file=sys.stderr)
-        seconds, last, before = [], None, time.monotonic()
+        seconds: list[float] = []
+        last, before = None, None
         for last in train_saving(plan, model.params, windows, training, folder / "state", say=say):
             now = time.monotonic()
-            seconds.append(now - before)
+            # Not the first: it restores or compiles.
+            seconds += [] if before is None else [now - before]
             before, done = now, int(last.step)
             report(f"step {done} of {training.steps}, KL {float(last.losses[done - 1]):.4f}")
         assert last is not None
-        found = _measure(model, plan, last.adapter, held_out[1], report) if held_out else {}
+        found = {} if others is None else _measure(model, plan, last.adapter, others, report)
     losses = last.losses.tolist()
     tenth = max(1, training.steps // 10)
     result = {
@@ -111,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         "held_out_text": held_out[0] if held_out else None,
         "first_loss": statistics.mean(losses[:tenth]),
         "last_loss": statistics.mean(losses[-tenth:]),
-        "seconds_per_step": statistics.median(seconds),
+        "seconds_per_step": statistics.median(seconds) if seconds else None,
         **found,
         "stamp": make_stamp(seed=args.seed, command="kvjax " + shlex.join(sys.argv[1:])),
     }
@@ -119,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
 
     write_json(folder / "qat.json", result | {"losses": losses})
     print(
-        f"{result['model']}, {method}, {training.steps} steps: KL of the text trained on "
-        f"{result['first_loss']:.4f} -> {result['last_loss']:.4f}"
+        f"{result['model']}, {method}, {training.steps} steps: KL in the first tenth of "
+        f"them {result['first_loss']:.4f}, in the last {result['last_loss']:.4f} (other windows)"
     )
     if found:
         kl, ppl = found["kl"], found["full_ppl"]
@@ -133,7 +140,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(model, plan, adapter, text: str, report) -> dict:
+def _held_out(model, text: str):
+    """Two windows of a text that plays no part in the training.
+
+    Raises:
+      InputError: a text too short for them.
+    """
+    from kvjax.evals.text import model_windows
+    from kvjax.train.distill import PREDICTIONS
+
+    context = min(2048, model.config.max_positions) // PREDICTIONS * PREDICTIONS
+    try:
+        return model_windows(model, text, context=context, windows=2)
+    except InputError as error:
+        raise InputError(
+            "--held-out", got=error.got, expected=error.expected, fix="give a longer text"
+        ) from None
+
+
+def _measure(model, plan, adapter, windows, report) -> dict:
     """Before and after on a text that played no part: through real packed caches, and full ones."""
     import dataclasses
 
@@ -141,12 +166,10 @@ def _measure(model, plan, adapter, text: str, report) -> dict:
 
     from kvjax.evals.compare import Settings, quality, scoring_block, sizes
     from kvjax.evals.reference import reference_pass
-    from kvjax.evals.text import model_windows
     from kvjax.train import adapt, adapt_plan
     from kvjax.train.distill import mean_nll
 
-    context = min(2048, model.config.max_positions)
-    windows = model_windows(model, text, context=context, windows=2)
+    context = windows.shape[1]
     settings = Settings(methods=[], context=context, layout=plan.methods[0].layout)
     block = scoring_block({"": plan}, settings)
     report("held out: full cache")

@@ -33,7 +33,13 @@ def add(subparsers) -> None:
         "--method", help=f"what to tune: {', '.join(METHODS)} ({METHODS[0]}); with --qat any method"
     )
     parser.add_argument("--steps", type=int, help="of Adam: 20 per layer, with --qat 100")
-    parser.add_argument("--seed", type=int, default=0, help="of drawn labels (%(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of drawn labels; with --qat of rotations, the start and "
+        "the order of windows (%(default)s)",
+    )
     parser.add_argument("--out", help="folder (runs/tuned, with --qat runs/qat)")
     qat.add(parser)
     parser.set_defaults(run=run)

@@ -126,8 +126,9 @@ def steps_saving(
     facts |= {"temperature": temperature, "rng": mark(rng), "keep": keep_facts(keep)}
     run = _Run(plan, params, prompts, saver, _positive(every), max_new, block, facts, report)
     at, about = _found(saver)
-    if about is not None and about.get("stage") == "decode":
-        made = np.zeros((len(prompts), about["made"]), np.int32)
+    # Where a policy evicts nothing is saved before: what else is there is not ours, and refused.
+    if about is not None and (keep is not None or about.get("stage") == "decode"):
+        made = np.zeros((len(prompts), about.get("made", 0)), np.int32)
         like = state_like(plan, prompts, rng, keep, max_new), made
         state, made = _restore(run, at, like, "decode")
     else:

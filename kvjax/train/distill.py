@@ -50,15 +50,15 @@ class Training:
     seed: int = 0
 
     def __post_init__(self):
-        wrong = [n for n in ("steps", "rate", "rank", "book_rate") if getattr(self, n) <= 0]
-        if wrong or self.anchor < 0:
-            name = wrong[0] if wrong else "anchor"
-            raise InputError(
-                name,
-                got=getattr(self, name),
-                expected="0 or more" if name == "anchor" else "above 0",
-                fix="raise it",
-            )
+        for name in ("steps", "rate", "rank", "book_rate", "anchor", "seed"):
+            value, zero = getattr(self, name), name in ("anchor", "seed")
+            if not (0 < value < np.inf or (zero and value == 0)):  # NaN neither
+                raise InputError(
+                    name,
+                    got=value,
+                    expected="0 or more" if zero else "above 0",
+                    fix="choose such a number",
+                )
 
 
 @pytree
@@ -203,7 +203,9 @@ def mean_nll(params: Params, config: ModelConfig, tokens: Array) -> Array:
 
 def _optimizer(training: Training) -> optax.GradientTransformation:
     warm = max(1, training.steps // 10)
-    rate = optax.warmup_cosine_decay_schedule(0.0, training.rate, warm, training.steps + 1)
+    rate = optax.warmup_cosine_decay_schedule(
+        training.rate / (warm + 1), training.rate, warm, training.steps + 1
+    )
     slower = optax.chain(optax.adam(rate), optax.scale(training.book_rate))
     adam: Callable[[], Any] = lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     return optax.multi_transform({"weights": adam(), "books": slower}, _labels)

@@ -40,6 +40,8 @@ def train_saving(
     Raises:
       InputError: as `train`; a folder with another training, or a damaged one.
     """
+    if every < 1:
+        raise InputError("every", got=every, expected="1 step or more", fix="save less often")
     about = _about(plan, params, training) | {"text": mark([np.asarray(w) for w in windows])}
     like = jax.eval_shape(lambda: start_training(plan, params, training))
     found = restore(folder, like, about=about)
@@ -71,7 +73,7 @@ def load_adapter(folder: str | os.PathLike, plan: Plan, params: Params) -> Adapt
       >>> plan, params = adapt_plan(adapter, plan), adapt(adapter, params)  # doctest: +SKIP
     """
     found = peek(folder)
-    if found is None:
+    if found is None or "training" not in found[1]:
         raise InputError(
             str(folder),
             got="no training",

@@ -121,6 +121,13 @@ def test_shapes_are_enough(tmp_path):
     assert same(restore(tmp_path, shapes)[0], arrays)
 
 
+def test_numbers_of_numpy(tmp_path):
+    save(tmp_path, {"a": np.float32(2.5)})
+    back = restore(tmp_path, {"a": np.float32(0)})[0]["a"]
+    assert back == np.float32(2.5)
+    assert not isinstance(back, jax.Array)
+
+
 def test_state_that_is_used_up_at_once(tmp_path):
     """A step may have the buffers as soon as `save` returns, whenever they are written."""
     step = jax.jit(lambda tree: jax.tree.map(lambda a: a + 1, tree), donate_argnums=0)
@@ -245,6 +252,10 @@ def test_another_state_is_refused(tmp_path):
         (changed(small=jnp.zeros((3, 5), ml_dtypes.float8_e5m2)), "expected float8_e5m2"),
         (changed(rbg=jax.random.key(0)), r"key<rbg> \[4\]; expected key<fry> \[2\]"),
         (changed(whole=1.5), "int .*; expected float"),
+        (changed(whole=jnp.int32(0)), r"\['whole'\] int 1099511627777; expected int32 \[\]"),
+        (changed(part=jnp.int32(0)), "float 1.1; expected int32"),
+        (changed(name=jnp.float32(0)), "str seed 1; expected float32"),
+        (changed(flag=jnp.float16(0), whole=jnp.uint8(0)), "expected uint8"),
     ):
         with pytest.raises(InputError, match=message) as error:
             restore(tmp_path, other)
@@ -253,7 +264,7 @@ def test_another_state_is_refused(tmp_path):
     assert restore(tmp_path, state, about={"layout": {"page": 16}}) is not None
     for about, message in (
         ({"model": "b"}, "model a; expected b"),
-        ({"layout": {"page": 32}}, "layout .*; expected"),
+        ({"layout": {"page": 32}}, "layout page 16; expected 32"),
         ({"weights": "x"}, "weights None; expected x"),
     ):
         with pytest.raises(InputError, match=f"got {message}"):

@@ -169,7 +169,7 @@ def test_another_run_is_refused(model, prompts, tmp_path):
             ("model llama; expected other", (renamed, model.params, prompts), {}),
             ("method", (plan_of(model, "turboquant-2"), model.params, prompts), {}),
             ("codec", (make_plan(model.config, other_seed), model.params, prompts), {}),
-            ("layout", (bigger, model.params, prompts), {}),
+            ("layout recent 16; expected 32", (bigger, model.params, prompts), {}),
             ("max_new 6; expected 7", (plan, model.params, prompts), {"max_new": 7}),
             ("temperature 0.5; expected 0.0", (plan, model.params, prompts), {"temperature": 0.0}),
             ("rng", (plan, model.params, prompts), {"rng": jax.random.key(1)}),
@@ -183,6 +183,21 @@ def test_another_run_is_refused(model, prompts, tmp_path):
         with pytest.raises(InputError, match="every: got 0"):
             prefill_saving(plan, model.params, prompts, saver, max_new=6, every=0)
     assert peek(tmp_path)[1]["made"] == 1
+
+
+def test_what_is_not_ours_is_not_written_over(model, prompts, tmp_path):
+    """Where a policy evicts, a run begins anew unless a generation is there: not over other things."""
+    plan, keep = plan_of(model), Keep(Eviction(KeyNorm(), budget=64, block=32))
+    options = {"max_new": 6, "every": 5, "keep": keep}
+    with Saver(tmp_path / "own") as saver:
+        at = saver.save({"a": np.ones(3)}, about={"mine": 1})
+        with pytest.raises(InputError, match="got model None; expected llama"):
+            generate_saving(plan, model.params, prompts, saver, **options)
+        assert peek(tmp_path / "own") == (at, {"mine": 1})
+    with pytest.raises(Killed), Dying(tmp_path / "half", 1) as saver:
+        generate_saving(plan, model.params, prompts, saver, max_new=6, every=64)
+    with Saver(tmp_path / "half") as saver, pytest.raises(InputError, match="got keep None"):
+        generate_saving(plan, model.params, prompts, saver, **options)
 
 
 def test_a_prompt_that_is_read_on_with_other_devices(model, prompts, tmp_path):

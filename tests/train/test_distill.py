@@ -10,6 +10,7 @@ import pytest
 
 import kvjax
 from kvjax import Layout, Method
+from kvjax.checkpoint import save
 from kvjax.codecs import Centered, Codebook, Dense, Normalized
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import same
@@ -95,6 +96,7 @@ def test_gradients_are_those_of_exact_codes(models):
     loss = jax.jit(lambda adapter: distillation_loss(plan, params, adapter, tokens))
     gradient = jax.grad(loss)(adapter)
     means = [i for i, a in enumerate(adapter.books) if a.ndim == 4]
+    assert len(means) == 2
     for i in means:
         step = np.zeros(adapter.books[i].shape, np.float32)
         step[0, 0, 0, 3] = 0.01
@@ -162,8 +164,9 @@ def test_mistakes_are_told(models):
         begin(windows(model, 1), rank=9999)
     with pytest.raises(InputError, match="no levels or means"):
         begin(windows(model, 1, t=256), deep, books=True)
-    with pytest.raises(InputError, match="rate: got -1"):
-        Training(rate=-1)
+    for name, value in (("rate", -1), ("rate", np.nan), ("anchor", np.inf), ("seed", -1)):
+        with pytest.raises(InputError, match=f"{name}: got {value}"):
+            Training(**{name: value})
     mixed = [kvjax.methods.get(f"int{b}", head_dim=d, layout=LAYOUT) for b in (4, 2)]
     methods = [mixed[n % 2] for n in range(model.config.layers)]
     with pytest.raises(InputError, match="methods of one structure"):
@@ -188,8 +191,12 @@ def test_saved_trainings(trained, tmp_path):
     assert same(load_adapter(tmp_path, plan, model.params), last.adapter)
     with pytest.raises(InputError, match="training"):
         next(begin(tmp_path, rate=1.0))
-    with pytest.raises(InputError, match="no training"):
-        load_adapter(tmp_path / "none", plan, model.params)
+    with pytest.raises(InputError, match="every: got 0"):
+        next(train_saving(plan, model.params, texts, training, tmp_path, every=0))
+    save(tmp_path / "other", {"a": 1}, about={"model": "llama"})
+    for name in ("none", "other"):
+        with pytest.raises(InputError, match="no training"):
+            load_adapter(tmp_path / name, plan, model.params)
     other = make_plan(model.config, kvjax.methods.get("int4", head_dim=16, layout=LAYOUT))
     with pytest.raises(InputError, match="turboquant-2"):
         load_adapter(tmp_path, other, model.params)
