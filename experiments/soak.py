@@ -39,6 +39,7 @@ import kvjax
 from kvjax.cache import invariants, reset
 from kvjax.cache.pages import LOST
 from kvjax.cli.compare import write_json
+from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.evals.stamp import make_stamp
 
@@ -69,6 +70,10 @@ def main(argv: list[str]) -> None:
 
 def run(config: ConfigDict, note: Callable[[dict[str, Any]], None] = print) -> dict[str, Any]:
     """The whole soak; `note` is told of every check. What was counted and measured."""
+    if not 0 < config.active <= 1:
+        raise InputError(
+            "active", got=config.active, expected="a share above 0 and up to 1", fix="0.9, say"
+        )
     soak = Soak(config)
     compiled = 0
 
@@ -90,6 +95,13 @@ def run(config: ConfigDict, note: Callable[[dict[str, Any]], None] = print) -> d
             warm = {"compiled": compiled, **memory()}
     last = soak.check()
     jax.monitoring.unregister_event_duration_listener(listen)
+    if not warm:
+        raise InputError(
+            "tokens",
+            got=f"{config.tokens}, which took {soak.counts['steps']} steps",
+            expected=f"enough for a check after {config.warm_up} steps of warm-up",
+            fix="raise tokens, or lower warm_up and check_every",
+        )
     now = memory()
     most = lambda name: max([*(row[name] for row in rows), last[name]])
     return {

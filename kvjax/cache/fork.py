@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.pages import pool_parts, with_table
@@ -24,10 +23,11 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
 
     Args:
       source, target: indices on the batch axis, `[]` or `[n]`; what `target` held is forgotten,
-        and pages that nobody else reads are free again.
+        and pages that nobody else reads are free again. One source goes to all targets.
     Raises:
-      InputError: outside jit, indices that it has not; sequences of devices that do not share a
-        pool (under jit, where indices are not known, any of several such devices).
+      InputError: no indices, or several sources that are not one for each target; outside jit,
+        indices that it has not; sequences of devices that do not share a pool (under jit, where
+        indices are not known, any of several such devices).
 
     Example:
       >>> import jax, kvjax
@@ -40,10 +40,18 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
       >>> int(fork(cache, 0, 1).length[0, 1])
       40
     """
-    check_rows(cache, source, target)
+    source, target = (check_rows(cache, rows) for rows in (source, target))
+    if source.size not in (1, target.size):
+        raise InputError(
+            "fork",
+            got=f"{source.size} sources for {target.size} targets",
+            expected="one source, or one for each target",
+            fix="give them in pairs",
+        )
     if cache.page_table is None:
-        return put(cache, jnp.atleast_1d(target), take(cache, jnp.atleast_1d(source)))
+        return put(cache, target, take(cache, source))
     _check_same_part(cache, source, target)
+    source, target = source.reshape(-1), target.reshape(-1)
     copy = lambda a: a.at[:, target].set(a[:, source])
     changed = dataclasses.replace(
         cache,
@@ -56,15 +64,16 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
     return with_table(changed, copy(cache.page_table))
 
 
-def take(cache: Cache, rows: Array) -> Cache:
+def take(cache: Cache, rows: Array | int) -> Cache:
     """The cache of some of its sequences, in every layer; traced rows will do.
 
     Pages that come from a pool stay there and are shared: only who reads which is copied.
 
     Args:
-      rows: `[n]` int32, indices on the batch axis; one may come twice.
+      rows: `[]` or `[n]`, indices on the batch axis; one may come twice.
     Raises:
-      InputError: a cache whose new pages come from a pool; outside jit, rows that it has not.
+      InputError: a cache whose new pages come from a pool; no indices; outside jit, rows that it
+        has not.
 
     Example:
       >>> import kvjax
@@ -74,19 +83,19 @@ def take(cache: Cache, rows: Array) -> Cache:
       (1, 2)
     """
     _check_contiguous(cache)
-    check_rows(cache, rows)
-    return _by_sequence(cache, lambda a: a[:, rows])
+    index = check_rows(cache, rows).reshape(-1)
+    return _by_sequence(cache, lambda a: a[:, index])
 
 
-def put(cache: Cache, rows: Array, part: Cache) -> Cache:
+def put(cache: Cache, rows: Array | int, part: Cache) -> Cache:
     """`cache` with sequences `rows` as in `part`, which was taken from it (and may have grown).
 
     Raises:
       InputError: as `take`.
     """
     _check_contiguous(cache)
-    check_rows(cache, rows)
-    return _by_sequence(cache, lambda a, new: a.at[:, rows].set(new), part)
+    index = check_rows(cache, rows).reshape(-1)
+    return _by_sequence(cache, lambda a, new: a.at[:, index].set(new), part)
 
 
 def _by_sequence(cache: Cache, change, *others: Cache) -> Cache:
@@ -104,20 +113,31 @@ def _by_sequence(cache: Cache, change, *others: Cache) -> Cache:
     return dataclasses.replace(changed, kept=dataclasses.replace(kept, **new))
 
 
-def check_rows(cache: Cache, *rows: Array | int) -> None:
-    """Where rows are known, outside jit: jax would take the nearest one, and put nothing."""
+def check_rows(cache: Cache, rows: Array | int) -> Array:
+    """Indices `[]` or `[n]` as an array, of numpy unless they are of jax. Those that are not there
+    are told where rows are known, outside jit: jax would take the nearest one, and put nothing."""
     batch = cache.length.shape[1]
-    for index in rows:
-        if isinstance(index, jax.core.Tracer):
-            continue
-        known = np.asarray(index)
-        if known.size and not -batch <= known.min() <= known.max() < batch:
-            raise InputError(
-                "rows",
-                got=known.tolist(),
-                expected=f"sequences 0 to {batch - 1}",
-                fix="take indices on the batch axis of this cache",
-            )
+    index: Array = rows if isinstance(rows, jax.Array) else np.asarray(rows)  # type: ignore
+    if not index.size:
+        index = index.astype(np.int32)
+    if index.dtype.kind not in "iu" or index.ndim > 1:
+        raise InputError(
+            "rows",
+            got=f"{index.dtype} of shape {index.shape}",
+            expected="one index on the batch axis, or a list of them",
+            fix="take whole numbers",
+        )
+    if isinstance(index, jax.core.Tracer) or not index.size:
+        return index
+    known = np.asarray(index)
+    if not -batch <= known.min() <= known.max() < batch:
+        raise InputError(
+            "rows",
+            got=known.tolist(),
+            expected=f"sequences 0 to {batch - 1}",
+            fix="take indices on the batch axis of this cache",
+        )
+    return index
 
 
 def _check_same_part(cache: Cache, source: Array | int, target: Array | int) -> None:

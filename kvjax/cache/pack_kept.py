@@ -60,13 +60,7 @@ def pack(
       InputError: a layout with a pool of its own.
     """
     layout = method.layout
-    if layout.pool is not None:
-        raise InputError(
-            "layout",
-            got=f"a shared pool of {layout.pool} pages",
-            expected="contiguous pages where a policy evicts",
-            fix="leave out the pool",
-        )
+    check_no_pool(layout)
     layers, b, h, _, d = tokens.key.shape
     one = jax.tree.map(lambda a: a[0], method) if stacked else method
     dtype = jnp.bfloat16 if tokens.key.dtype == jnp.uint16 else tokens.key.dtype
@@ -118,6 +112,17 @@ def pack(
         capacity=capacity,
         kept=Kept(key, value, positions, bias, table, used, most),
     )
+
+
+def check_no_pool(layout: Layout) -> None:
+    """Raises `InputError` for a layout that a working set cannot be packed into."""
+    if layout.pool is not None:
+        raise InputError(
+            "layout",
+            got=f"a shared pool of {layout.pool} pages",
+            expected="contiguous pages where a policy evicts",
+            fix="leave out the pool",
+        )
 
 
 def _window(held: Exact, slots: Array) -> tuple[Array, Array]:

@@ -91,7 +91,7 @@ def _take_page(
     """The first free page of the pool for a slot of a sequence, which lets go of the one before.
 
     Where none is free the slot is marked as lost, and so are all that the sequence would fill
-    later: what others give back is for those that can still be read.
+    later on this device: what others give back is for those that can still be read.
 
     Returns:
       The cache, the page, and whether there is one.

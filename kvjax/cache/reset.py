@@ -25,8 +25,8 @@ def reset(cache: Cache, rows: Array | int) -> Cache:
     Args:
       rows: indices on the batch axis, `[]` or `[n]`, or a mask `[b]` bool.
     Raises:
-      InputError: outside jit, indices that it has not; a mask of another length; a cache of what a
-        policy kept, whose pages were measured for that history.
+      InputError: outside jit, indices that it has not; no indices; a mask of another
+        length; a cache of what a policy kept, whose pages were measured for that history.
 
     Example:
       >>> import jax, kvjax
@@ -47,18 +47,18 @@ def reset(cache: Cache, rows: Array | int) -> Cache:
             expected="a cache without an eviction",
             fix="evict the next history into a cache of its own",
         )
-    rows = jnp.asarray(rows)
     batch = cache.length.shape[1]
-    if rows.dtype != bool:
-        check_rows(cache, rows)
-        clear = lambda a, empty: a.at[:, rows].set(jnp.asarray(empty, a.dtype))
-    elif rows.shape == (batch,):
-        mask = lambda a: rows.reshape(1, batch, *[1] * (a.ndim - 2))
+    ended = jnp.asarray(rows)
+    if ended.dtype != bool:
+        index = check_rows(cache, rows)
+        clear = lambda a, empty: a.at[:, index].set(jnp.asarray(empty, a.dtype))
+    elif ended.shape == (batch,):
+        mask = lambda a: ended.reshape(1, batch, *[1] * (a.ndim - 2))
         clear = lambda a, empty: jnp.where(mask(a), jnp.asarray(empty, a.dtype), a)
     else:
         raise InputError(
             "rows",
-            got=f"a mask of shape {rows.shape}",
+            got=f"a mask of shape {ended.shape}",
             expected=f"({batch},), one for each sequence",
             fix="use indices, or a mask over the batch",
         )

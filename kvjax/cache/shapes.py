@@ -30,6 +30,8 @@ def check_shapes(
             expected="the part of one device",
             fix="call it inside a `shard_map` over the mesh that the cache was made for",
         )
+    if cache.shards > 1:
+        _check_axis(cache)
     if isinstance(layer, int) and not 0 <= layer < layers:
         raise InputError(
             "layer",
@@ -53,6 +55,44 @@ def check_shapes(
             raise InputError(
                 name, got=a.dtype, expected="a floating dtype", fix="cast it before appending"
             )
+
+
+def _check_axis(cache: Cache) -> None:
+    assert cache.axis is not None
+    try:
+        found = jax.lax.axis_size(cache.axis)
+    except NameError:
+        found = 0
+    if found != cache.shards:
+        raise InputError(
+            "cache",
+            got=f"pages dealt to {cache.shards} devices, and "
+            + (f"{found} on the axis {cache.axis}" if found else "no such axis around the call"),
+            expected="those of the mesh that the cache was made for",
+            fix=f"call it inside a `shard_map` over its axis {cache.axis}",
+        )
+
+
+def check_counts(name: str, counts: Array, batch: int, most: int) -> None:
+    """Raises `InputError` unless there is a whole number (or a bool) for each sequence; where they
+    are known, outside jit, also for less than 0 and more than `most`."""
+    if counts.shape != (batch,) or counts.dtype.kind not in "iub":
+        raise InputError(
+            name,
+            got=f"{counts.dtype} of shape {counts.shape}",
+            expected=f"whole numbers or bools of shape ({batch},), one for each sequence",
+            fix="give such an array, or None for all tokens",
+        )
+    if isinstance(counts, jax.core.Tracer) or not counts.size:
+        return
+    known = np.asarray(counts)
+    if not 0 <= known.min() <= known.max() <= most:
+        raise InputError(
+            name,
+            got=known.tolist(),
+            expected=f"0 to the {most} tokens that there are",
+            fix="count the real tokens of each sequence",
+        )
 
 
 def check_values(real: Array, **arrays: Array) -> None:

@@ -97,8 +97,8 @@ def init(
       parts: devices that the sequences are split over; counts only where there is a pool, of which
         each then has a part.
     Raises:
-      InputError: head_dim or page that the method does not take; capacity, window or shards under
-        1; more than one shard without an axis; a pool or a batch that does not split.
+      InputError: head_dim or page that the method does not take; sizes under 1; more than one shard
+        without an axis; a pool or a batch that does not split.
 
     Example:
       >>> import kvjax
@@ -108,8 +108,10 @@ def init(
       (1, 1, 2, 132, 64)
     """
     method.check(head_dim)
-    if capacity < 1:
-        raise InputError("capacity", got=capacity, expected="1 or more", fix="raise it")
+    sizes = {"capacity": capacity, "kv_heads": kv_heads, "batch": batch, "layers": layers}
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(name, got=size, expected="1 or more", fix="raise it")
     if window is not None and window < 1:
         raise InputError("window", got=window, expected="1 or more", fix="None sees all")
     if shards < 1 or (shards > 1 and axis is None):

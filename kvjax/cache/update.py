@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.attend import attend_rows
 from kvjax.cache.pages import write_page
-from kvjax.cache.shapes import check_room, check_shapes, check_values
+from kvjax.cache.shapes import check_counts, check_room, check_shapes, check_values
 from kvjax.cache.state import Cache
 from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
@@ -40,11 +40,14 @@ def append(
       active: `[b]` bool; sequences that are False stay as they are. None is all.
     Raises:
       InputError: shapes that differ from the cache's; outside jit also a full cache or pool (under
-        jit the sequence that outgrew it reads as NaN), and numbers that are not finite.
+        jit the sequence that outgrew it reads as NaN), and numbers that are not finite; outside of
+        their mesh, pages that are dealt to several devices.
     """
     check_shapes(cache, layer, k=k, v=v)
     layout = method.layout
-    active = jnp.ones(k.shape[0], bool) if active is None else active
+    active = jnp.ones(k.shape[0], bool) if active is None else jnp.asarray(active)
+    check_counts("active", active, k.shape[0], most=1)
+    active = active.astype(bool)
     check_values(active, k=k, v=v)
     position = cache.length[layer]
     check_room(cache, layer, jnp.where(active, position + 1, 0), layout)
@@ -115,7 +118,7 @@ def extend(
       Outputs `[b, t, h, g, d]` (rows past `count` are meaningless) and the new cache.
     Raises:
       InputError: shapes that differ from the cache's; a block longer than a page where the cache
-        keeps a sliding window only; outside jit also what `append` refuses.
+        keeps a sliding window only; what `append` refuses, and counts beyond 0 to t outside jit.
     """
     check_shapes(cache, layer, tokens=k.shape[1:2], q=q, k=k, v=v)
     layout = method.layout
@@ -128,7 +131,8 @@ def extend(
             fix="use smaller blocks",
         )
     scale = d**-0.5 if scale is None else scale
-    count = jnp.full((b,), t, jnp.int32) if count is None else count
+    count = jnp.full((b,), t, jnp.int32) if count is None else jnp.asarray(count)
+    check_counts("count", count, b, most=t)
     before = cache.length[layer]  # [b]
     check_room(cache, layer, jnp.where(count > 0, before + count, 0), layout)
     offsets = jnp.arange(t)
@@ -177,8 +181,10 @@ def prefill(
     Returns:
       Outputs `[b, t, h, g, d]` or None, and the cache: the same as after t calls of `append`.
     Raises:
-      InputError: what `extend` refuses.
+      InputError: what `extend` refuses; a block under 1.
     """
+    if block is not None and block < 1:
+        raise InputError("block", got=block, expected="1 token or more", fix="None is a page")
     arrays = {"k": k, "v": v} if q is None else {"k": k, "v": v, "q": q}
     check_shapes(cache, layer, tokens=k.shape[1:2], **arrays)
     check_values(jnp.ones(k.shape[:2], bool), **arrays)

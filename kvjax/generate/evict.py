@@ -195,11 +195,11 @@ def take_history(
         caches = start_working(plan, eviction, batch=len(prompts), dtype=dtype)
     else:
         _check_sets(eviction, caches, len(prompts))
-    past = int(fetch(caches[0].length[0]).max())
-    if past + int(lengths.max()) > config.max_positions:
+    longest = int((tokens_read(caches, len(prompts)) + lengths).max())
+    if longest > config.max_positions:
         raise InputError(
             "history",
-            got=f"{past + int(lengths.max())} tokens",
+            got=f"{longest} tokens",
             expected=f"at most the {config.max_positions} positions of {config.name}",
             fix="shorten it, or use a model with more positions",
         )
@@ -216,6 +216,23 @@ def take_history(
         finite, before = finite & ok, pieces
     assert last is not None
     return last, caches, finite
+
+
+def tokens_read(caches: Caches, batch: int) -> np.ndarray:
+    """Tokens that caches have read so far, `[b]`.
+
+    Raises:
+      InputError: caches of more or fewer sequences.
+    """
+    read = fetch(caches[0].length[0])
+    if read.size != batch:
+        raise InputError(
+            "caches",
+            got=f"{read.size} sequences",
+            expected=f"batch {batch}, one for each prompt",
+            fix="go on with the sequences that they were made for",
+        )
+    return read
 
 
 def _check_sets(eviction: Eviction, caches: Caches, batch: int) -> None:

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import Cache
+from kvjax.cache.pack_kept import check_no_pool
 from kvjax.cache.working_set import WorkingSet, with_block
 from kvjax.core.errors import InputError
 from kvjax.core.pytree import pytree
 from kvjax.core.rng import fold
-from kvjax.generate.evict import Keep, drop, pack_all, take_history
+from kvjax.generate.evict import Keep, drop, full_layers, pack_all, take_history, tokens_read
 from kvjax.generate.inputs import check_sampling, pad_rows, token_counts
 from kvjax.generate.plan import Plan, block_size, forward_block, init_caches
 from kvjax.models.decoder import Params, logits
-from kvjax.parallel.processes import fetch
 from kvjax.policies.eviction import Eviction
 
 Array = jax.Array
@@ -128,22 +128,21 @@ def start(
         its positions; numbers that make no sense, a temperature without a key.
     """
     check_sampling(max_new, temperature, rng, block)
-    longest = int(token_counts(prompts, vocab=params.embed.shape[0]).max())
-    past = 0 if caches is None else int(fetch(caches[0].length[0]).max())
-    capacity = past + longest + max_new
-    if capacity > plan.config.max_positions:
+    new = token_counts(prompts, vocab=params.embed.shape[0])
+    longest = int((new if caches is None else new + tokens_read(caches, len(prompts))).max())
+    if longest + max_new > plan.config.max_positions:
         raise InputError(
             "prompt",
-            got=f"{past + longest} tokens and {max_new} new ones",
+            got=f"{longest} tokens and {max_new} new ones",
             expected=f"at most {plan.config.max_positions} together, the model's positions",
             fix="shorten the prompt or ask for fewer tokens",
         )
     ready: tuple[Any, ...]
     if keep is None:
-        block = block_size(plan, longest, block)
+        block = block_size(plan, int(new.max()), block)
         tokens, counts = pad_prompts(prompts, block)
         if caches is None:
-            caches = init_caches(plan, batch=len(prompts), capacity=capacity)
+            caches = init_caches(plan, batch=len(prompts), capacity=longest + max_new)
         hidden, ready, finite = prefill(plan, params, caches, tokens, counts, block=block)
     else:
         if caches is not None:
@@ -153,6 +152,8 @@ def start(
                 expected="one of them",
                 fix="go on with take_history(..., caches=...) while a history is being read",
             )
+        if keep.pack and full_layers(plan):
+            check_no_pool(plan.methods[0].layout)  # before the history is read
         hidden, sets, finite = take_history(plan, params, prompts, keep.eviction, probe=keep.probe)
         if keep.pack:
             ready = pack_all(plan, keep.eviction, sets, room=max_new)

@@ -300,9 +300,54 @@ def test_a_reset_sequence_is_as_new(pool):
     jax.tree.map(np.testing.assert_array_equal, nobody, both)
 
 
+@pytest.mark.parametrize("pool", [None, POOL])
+def test_one_source_for_several_targets(pool):
+    """As many layers as targets: neither axis is taken for the other."""
+    method = exact(dataclasses.replace(LAYOUT, pool=pool))
+    sizes = {"capacity": CAPACITY, "kv_heads": H, "head_dim": D, "batch": B, "layers": 2}
+    cache = kvjax.init(method, dtype=jnp.float32, **sizes)
+    for layer in range(2):
+        k, v = kv_of(np.arange(B * 3).reshape(B, 3) + 50 * layer)
+        cache = kvjax.prefill(method, cache, k, v, layer=layer)[1]
+    once = fork(fork(cache, 0, 1), 0, 2)
+    for source, target in ((0, [1, 2]), ([0], np.array([1, 2])), ([0, 0], jnp.array([-2, 2]))):
+        jax.tree.map(np.testing.assert_array_equal, fork(cache, source, target), once)
+    assert (np.asarray(once.window_key[0]) != np.asarray(once.window_key[1])).any()
+    with pytest.raises(kvjax.InputError, match="got 2 sources for 1 targets"):
+        fork(cache, [0, 1], 2)
+
+
+def test_sizes_and_counts_that_are_not_there():
+    method = exact(LAYOUT)
+    for name in ("capacity", "kv_heads", "batch", "layers"):
+        sizes = {"capacity": CAPACITY, "kv_heads": H, "head_dim": D} | {name: 0}
+        with pytest.raises(kvjax.InputError, match=f"{name}: got 0; expected 1 or more"):
+            kvjax.init(method, **sizes)
+    cache, (k, v) = init(method), kv_of(np.arange(B * 3).reshape(B, 3))
+    for count, says in (
+        ([4, 0, 0], r"count: got \[4, 0, 0\]; expected 0 to the 3 tokens"),
+        ([-1, 0, 0], r"count: got \[-1, 0, 0\]"),
+        ([2], r"count: got int32 of shape \(1,\)"),
+        (2, r"count: got int32 of shape \(\)"),
+        ([1.0, 2.0, 3.0], "count: got float32"),
+    ):
+        with pytest.raises(kvjax.InputError, match=says):
+            kvjax.extend(method, cache, k[:, :, :, None], k, v, count=jnp.asarray(count))
+    with pytest.raises(kvjax.InputError, match=r"active: got bool of shape \(2,\)"):
+        kvjax.append(method, cache, k[:, 0], v[:, 0], active=[True, False])
+    with pytest.raises(kvjax.InputError, match="block: got -4"):
+        kvjax.prefill(method, cache, k, v, block=-4)
+
+
 def test_rows_that_are_not_there():
     method = exact(dataclasses.replace(LAYOUT, pool=POOL))
     cache = init(method)
+    jax.tree.map(np.testing.assert_array_equal, reset(cache, []), cache)
+    for rows in (1.5, [[0, 1]]):
+        with pytest.raises(kvjax.InputError, match=r"rows: got .*; expected one index"):
+            reset(cache, rows)
+    with pytest.raises(kvjax.InputError, match=r"rows: got bool of shape \(3,\)"):
+        fork(cache, 0, np.array([False, True, True]))
     with pytest.raises(kvjax.InputError, match="rows: got 3; expected sequences 0 to 2"):
         reset(cache, 3)
     with pytest.raises(kvjax.InputError, match=r"a mask of shape \(2,\)"):

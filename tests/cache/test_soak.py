@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import kvjax
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,10 +25,25 @@ def load(path: str):
     return module
 
 
-@pytest.mark.parametrize("window", [0, 40])
+def test_a_soak_that_makes_no_sense():
+    config = load("configs/soak.py").get_config("tiny")
+    soak = load("experiments/soak.py")
+    config.active = 0.0
+    with pytest.raises(kvjax.InputError, match=r"active: got 0\.0"):
+        soak.run(config)
+    config.active, config.tokens, config.check_every = 0.8, 5, 40
+    with pytest.raises(kvjax.InputError, match="expected enough for a check after 80 steps"):
+        soak.run(config)
+
+
+@pytest.mark.parametrize("window", [0, 20])
 def test_a_short_soak(window):
     config = load("configs/soak.py").get_config("tiny")
-    config.window, config.pool = window, 13 if not window else 11
+    config.window, config.pool = window, 13 if not window else 9
+    sink, recent, page = config.layout
+    layout, most = kvjax.Layout(sink=sink, recent=recent, page=page), config.capacity
+    # Slots of a window are used in turn.
+    assert (layout.page_slots(most, window or None) < layout.packed_pages(most)) == bool(window)
     notes = []
     found = load("experiments/soak.py").run(config, notes.append)
     assert found["broken"] == []

@@ -91,6 +91,22 @@ def stayed(cache):
     return [np.asarray(a) for a in (cache.kept.positions, cache.kept.used, cache.window_positions)]
 
 
+def test_mistakes_are_told_before_anything_is_read(monkeypatch):
+    method = kvjax.methods.get("int4", head_dim=32, layout=dataclasses.replace(LAYOUT, pool=64))
+    plan = make_plan(dataclasses.replace(CONFIG, max_positions=100), method)
+    params, keep = jax.eval_shape(lambda: weights(CONFIG)), Keep(Eviction(Tova(), budget=64))
+    monkeypatch.setattr("kvjax.generate.loop.take_history", None)
+    with pytest.raises(InputError, match="layout: got a shared pool of 64 pages"):
+        start(plan, params, [[1, 2]], max_new=8, keep=keep)
+    # Each prompt goes on where its own sequence ends.
+    read = kvjax.init(method, capacity=100, kv_heads=4, head_dim=32, batch=2, layers=2)
+    read = dataclasses.replace(read, length=jnp.array([[90, 0]] * 2, jnp.int32))
+    with pytest.raises(InputError, match="got 99 tokens and 5 new ones"):
+        start(plan, params, [[1] * 9, [1] * 50], max_new=5, caches=(read,))
+    with pytest.raises(InputError, match="caches: got 2 sequences; expected batch 1"):
+        start(plan, params, [[1] * 9], max_new=5, caches=(read,))
+
+
 def test_one_device_for_each_kv_head():
     method = kvjax.methods.get("int4", head_dim=32, layout=LAYOUT)
     plan = make_plan(CONFIG, method, rules=ShardingRules(make_mesh(1, 8, 1)))

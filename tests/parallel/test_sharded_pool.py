@@ -87,6 +87,20 @@ def test_pools_that_do_not_divide():
         kvjax.append(get(8), cache, jnp.ones((2, 1, 32)), jnp.ones((2, 1, 32)))
 
 
+def test_dealt_pages_outside_of_their_mesh():
+    method = kvjax.methods.get("int4", head_dim=32)
+    sizes = {"capacity": 9, "kv_heads": 1, "head_dim": 32}
+    cache = kvjax.init(method, shards=2, axis="sequence", **sizes)
+    q = jnp.ones((1, 1, 1, 32))
+    with pytest.raises(InputError, match="dealt to 2 devices, and no such axis around the call"):
+        kvjax.attend(method, cache, q)
+    mesh, spec = make_mesh(1, 1, 4), PartitionSpec()
+    one = functools.partial(kvjax.attend, method)
+    inside = jax.shard_map(one, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+    with pytest.raises(InputError, match="dealt to 2 devices, and 4 on the axis sequence"):
+        inside(cache, q)
+
+
 def test_a_model_on_one_axis_needs_nothing_else():
     """What `init_caches` makes can be stepped: it knows in how many parts the pool is."""
     rules = ShardingRules(make_mesh(2, 1, 2))
