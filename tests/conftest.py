@@ -70,3 +70,13 @@ def quick_jit():
     return lambda f, **options: jax.jit(
         f, compiler_options={"xla_backend_optimization_level": 0}, **options
     )
+
+
+@pytest.fixture(scope="module")
+def keep_no_programs():
+    """Programs over many devices are compiled anew: keeping one crashed XLA's serialization."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)

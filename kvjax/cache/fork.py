@@ -35,10 +35,9 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
       >>> method = kvjax.methods.get("int8", head_dim=32, layout=layout)
       >>> cache = kvjax.init(method, capacity=64, kv_heads=1, head_dim=32, batch=2)
       >>> kv = jax.numpy.ones((2, 1, 32))
-      >>> for _ in range(40):
-      ...     cache = kvjax.append(method, cache, kv, kv, active=jax.numpy.array([True, False]))
+      >>> cache = kvjax.append(method, cache, kv, kv, active=jax.numpy.array([True, False]))
       >>> int(fork(cache, 0, 1).length[0, 1])
-      40
+      1
     """
     source, target = (check_rows(cache, rows) for rows in (source, target))
     if source.size not in (1, target.size):
@@ -76,6 +75,7 @@ def take(cache: Cache, rows: Array | int) -> Cache:
         has not.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> import kvjax
       >>> method = kvjax.methods.get("int8", head_dim=32)
       >>> cache = kvjax.init(method, capacity=64, kv_heads=1, head_dim=32, batch=3)

@@ -132,7 +132,8 @@ def cache_units(config: ModelConfig, method: Method | Sequence[Method]) -> tuple
             axes = tuple(axis for axis in spec if axis is not None)
             sizes[axes] = sizes.get(axes, 0) + cache_bytes(part)
 
-        jax.tree.map(add, cache_specs(cache), cache, is_leaf=_is_spec)
+        dealt = dataclasses.replace(cache, shards=2, axis="sequence")  # as over several devices
+        jax.tree.map(add, cache_specs(dealt), dealt, is_leaf=_is_spec)
         units.append(CacheUnits(one.layout, group.window, sizes))
     return tuple(units)
 

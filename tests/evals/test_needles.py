@@ -252,16 +252,6 @@ def test_exact_codes_find_every_needle(layer, moments):
     assert float(jnp.abs(finds.kl).max()) < 1e-3
 
 
-@pytest.fixture
-def keep_no_programs():
-    """Programs over many devices are compiled anew: keeping one crashed XLA's serialization."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, 1e9)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 2)])
 def test_a_mesh_finds_what_one_device_does(mesh, case, layer, keep_no_programs):
     method, one, _, _, tally, read = case

@@ -1,13 +1,8 @@
-"""Programs over many devices are compiled anew: keeping one of them crashed XLA's serialization."""
+"""What all tests over many devices share."""
 
-import jax
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="package")
-def keep_no_programs():
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, 1e9)
-    yield
-    jax.config.update(name, before)
+@pytest.fixture(autouse=True, scope="module")
+def compiled_anew(keep_no_programs):
+    return keep_no_programs
