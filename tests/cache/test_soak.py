@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import kvjax
 ROOT = Path(__file__).parents[2]
 
 
+@functools.cache
 def load(path: str):
+    """A file as a module, once: absl takes the same flag of one module only."""
     name = path.replace("/", "_").removesuffix(".py")
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     module = importlib.util.module_from_spec(spec)
