@@ -146,8 +146,8 @@ def test_recipes_on_all_axes(name, params):
 def test_every_recipe_on_every_mesh(name, params):
     try:
         method = kvjax.methods.get(name, head_dim=32, layout=LAYOUT)
-    except InputError as error:
-        pytest.skip(str(error))
+    except InputError:  # GEAR's groups are 64 tokens
+        method = kvjax.methods.get(name, head_dim=32, layout=Layout(sink=4, recent=64, page=64))
     want, _ = run(params, method)
     for mesh in MESHES:
         rules = ShardingRules(make_mesh(*mesh))
