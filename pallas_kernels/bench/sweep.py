@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from pallas_kernels.bench.cases import HEADLINE, OWN, TINY, Case
 from pallas_kernels.bench.check import check
 from pallas_kernels.bench.results import Problem, Row
 from pallas_kernels.bench.setting import Room, Setting, attempt
-from pallas_kernels.packed import Packed
 from pallas_kernels.packed_decode.config import Config, heuristic
+from pallas_kernels.packed_decode.tuned import narrowest, signature, tuned_file
 
-FOLDER = Path(__file__).parents[1] / "tuned"
 CASES = (Case(1, 131072), Case(8, 32768))
 VARIANTS = (  # page, tokens of a step, warps, passes
     (256, 256, 2, 1),
@@ -152,35 +150,13 @@ def _choice(runner: _Runner, page: int, tokens: int, warps: int, passes: int) ->
 def _default(spec: Spec) -> Config:
     """What `packed_decode` takes by itself."""
     args = spec.shapes()
-    parts = (*args["key"], *args["value"])
-    narrowest = min(width for part in parts for block in part.blocks for width in block.widths)
-    return heuristic(spec.batch, spec.kv_heads, spec.slots, spec.page, unit_bits=narrowest)
+    bits = narrowest(args["key"], args["value"])
+    return heuristic(spec.batch, spec.kv_heads, spec.slots, spec.page, unit_bits=bits)
 
 
 def _text(choice: Choice) -> str:
     page, config = choice
     return f"page={page}," + ",".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())
-
-
-def signature(packed: Packed) -> list[list[Any]]:
-    """What a kernel is compiled for, of one side: (bits, whether levels) of each block, by part.
-
-    Example:
-      >>> from pallas_kernels.arg_specs import spec
-      >>> signature(spec("turboquant-prod-3", tokens=256).shapes()["key"])
-      [[[2, True]], [[1, True]]]
-    """
-    return [[[b.bits, b.levels is not None] for b in part.blocks] for part in packed]
-
-
-def tuned_file(device: str, folder: Path | None = None) -> Path:
-    """Where the tuning for a kind of device is kept.
-
-    Example:
-      >>> tuned_file("NVIDIA H200").name
-      'nvidia-h200.json'
-    """
-    return (folder or FOLDER) / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
 
 
 def write_tuned(entry: dict[str, Any], stamp: Row, folder: Path | None = None) -> None:

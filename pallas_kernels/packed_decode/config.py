@@ -52,10 +52,15 @@ def heuristic(
       66
     """
     config = _BY_UNIT[unit_bits]
+    splits = splits_of(config, batch * heads, slots, page, processors=processors)
+    return dataclasses.replace(config, splits=splits)
+
+
+def splits_of(config: Config, rows: int, slots: int, page: int, *, processors: int = 132) -> int:
+    """Parts of a sequence that make one wave of programs, of `rows` sequences times heads."""
     steps = max(1, slots * page // config.tokens)
     programs = processors * _WARPS // config.warps
-    splits = max(1, min(steps, programs // (batch * heads)))
-    return dataclasses.replace(config, splits=splits)
+    return max(1, min(steps, programs // rows))
 
 
 def together(config: Config, page: int, slots: int) -> int:

@@ -24,6 +24,7 @@ from pallas_kernels.packed_decode.logits import unit_logits
 from pallas_kernels.packed_decode.operands import chunks, prepare_queries, prepare_values
 from pallas_kernels.packed_decode.read import Plan, Reader, Where
 from pallas_kernels.packed_decode.tpu import packed_decode_tpu
+from pallas_kernels.packed_decode.tuned import choose, narrowest
 from pallas_kernels.packed_decode.values import add_values, empty_sum, write_sum
 
 Array = jax.Array
@@ -61,7 +62,8 @@ def packed_decode(
       starts, position, window: with a sliding window, the position of each page's first token
         (`[layers, b, n]` or `[layers, pool]`, -1 for none), the position `[b]` of the query, and
         how many tokens it sees back from itself.
-      config: tuning on a GPU; None asks `config.heuristic`.
+      config: tuning on a GPU; None is what was measured on this kind of device (`tuned.choose`), or
+        `config.heuristic`.
       backend: "triton" on a GPU, "tpu" on a TPU, "interpret" anywhere.
     Returns:
       out `[b, h, g, dv]` float32 and the natural log-sum-exp of the logits `[b, h, g]`, -1e30
@@ -85,14 +87,17 @@ def packed_decode(
             position=position,
             window=window,
         )
-    b, h, g, _ = q.shape
+    b, h, g, d = q.shape
     leaf = jax.tree.leaves(key[0].blocks[0].words)[0]
     slots = leaf.shape[3] if table is None else table.shape[-1]
-    config = config or heuristic(b, h, slots, page, unit_bits=_unit_bits(key, value))
+    unit_bits = narrowest(key, value)
+    if config is None and backend == "triton":
+        config = choose(b, h, g, d, slots, page, key, value)
+    config = config or heuristic(b, h, slots, page, unit_bits=unit_bits)
     by_channel = any(part.channel_scale is not None for part in key)
     plan = Plan(
         page=page,
-        unit_bits=_unit_bits(key, value),
+        unit_bits=unit_bits,
         together=1 if by_channel else together(config, page, slots),
         layout="rows" if table is None else "pool",
         slots=slots,
@@ -148,7 +153,7 @@ def why_not(q: Array, key: Packed, value: Packed, *, page: int) -> str | None:
         return f"got {q.shape[2]} query heads per KV head; expected 16 or fewer; use the page scan"
     if size(key) != q.shape[-1]:
         return f"got keys of {size(key)} channels; expected {q.shape[-1]}, as q; see the codec"
-    if page * _unit_bits(key, value) % 16:
+    if page * narrowest(key, value) % 16:
         return f"got pages of {page} tokens; expected a multiple of 16; choose such a page"
     blocks = [block for part in (*key, *value) for block in part.blocks]
     for block in blocks:
@@ -239,8 +244,3 @@ def _merge_splits(
     out = jnp.concatenate(pieces, 2).swapaxes(-1, -2)[:, :, :g]
     lse = jnp.where(top > EMPTY / 2, (top + jnp.log2(total)) / np.float32(np.log2(np.e)), EMPTY)
     return out, lse[:, :, :g]
-
-
-def _unit_bits(key: Packed, value: Packed) -> int:
-    blocks = [block for part in (*key, *value) for block in part.blocks]
-    return min(width for block in blocks for width in block.widths)

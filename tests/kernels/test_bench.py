@@ -14,7 +14,7 @@ from pallas_kernels.bench.cases import TINY as TINY_CASES
 from pallas_kernels.bench.command import PARTS, main
 from pallas_kernels.bench.results import Problem, Results, table
 from pallas_kernels.bench.setting import matching
-from pallas_kernels.packed_decode import packed_decode_reference
+from pallas_kernels.packed_decode import packed_decode_reference, tuned
 
 TINY = ["--tiny", "--device", "gpu"]
 
@@ -70,7 +70,7 @@ def test_a_tiny_sweep_is_written_down_only_with_tune(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(sweep, "packed_program", lambda spec, *_: (None, {}))
     monkeypatch.setattr(sweep.timing, "race", race)
-    monkeypatch.setattr(sweep, "FOLDER", tmp_path / "tuned")
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     assert main([*TINY, "--part", "sweep"]) == 0
     assert not (tmp_path / "tuned").exists()
     assert main([*TINY, "--part", "sweep", "--tune"]) == 0
@@ -208,7 +208,7 @@ def test_tuned_entries_replace_those_of_the_same_launch(tmp_path):
     entry = lambda tokens, us: {"key": [], "value": [], "shape": {"tokens": tokens}, "us": us}
     for tokens, us in ((8, 3.0), (16, 4.0), (8, 2.0)):
         sweep.write_tuned(entry(tokens, us), stamp, tmp_path)
-    kept = json.loads(sweep.tuned_file("NVIDIA H200", tmp_path).read_text())["entries"]
+    kept = json.loads(tuned.tuned_file("NVIDIA H200", tmp_path).read_text())["entries"]
     assert [(e["shape"]["tokens"], e["us"], e["commit"]) for e in kept] == [
         (16, 4.0, "c"),
         (8, 2.0, "c"),
