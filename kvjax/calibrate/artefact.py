@@ -35,6 +35,8 @@ class Provenance:
     Attributes:
       model: its name. text: its name and hash. kvjax: the version.
       tokens: that were counted. context: tokens per window.
+      positions: of the longest context that moments are averaged over (see `served`); None: those
+        of the windows.
       weights: the model's `fingerprint`; None in files of version 1, which had none.
     """
 
@@ -44,6 +46,12 @@ class Provenance:
     tokens: int
     context: int
     weights: str | None = None
+    positions: int | None = None
+
+    @property
+    def reach(self) -> int:
+        """Positions up to which methods are calibrated."""
+        return max(self.context, self.positions or 0)
 
 
 def save_moments(

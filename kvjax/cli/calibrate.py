@@ -24,6 +24,14 @@ def add(subparsers) -> None:
     options.add_sample(parser, tokens=8192)
     parser.add_argument("--context", type=int, default=2048, help="tokens per window (%(default)s)")
     parser.add_argument(
+        "--positions",
+        type=int,
+        metavar="TOKENS",
+        help="the longest context that will be served: keys and queries are averaged over its "
+        "positions, at no cost in time (default: --context; far beyond that methods lose what "
+        "calibration gains)",
+    )
+    parser.add_argument(
         "--gradients",
         type=int,
         default=0,
@@ -51,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.calibrate.klt import shrinkage
     from kvjax.calibrate.moments import measure_moments
     from kvjax.calibrate.sensitivity import measure_sensitivity
+    from kvjax.calibrate.served import at_positions
     from kvjax.cli.compare import write_json
     from kvjax.core.errors import InputError
     from kvjax.core.rng import fold
@@ -71,6 +80,16 @@ def run(args: argparse.Namespace) -> int:
             expected=f"0, or {GRADIENT_CONTEXT} tokens and more",
             fix="raise it, or leave it out",
         )
+    positions = None
+    if args.positions is not None:
+        positions = options.positive("--positions", args.positions)
+        if positions < context:
+            raise InputError(
+                "--positions",
+                got=positions,
+                expected=f"the {context} of --context or more",
+                fix="give the longest context that will be served, or a smaller --context",
+            )
     with options.progress(2 * windows + drawn + 1) as report:
         report(f"loading {args.model}")
         model = load(args.model)
@@ -83,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
             moments = measure_sensitivity(
                 model.params, model.config, list(cut), moments, rng=rng, progress=report
             )
+    if positions is not None:
+        moments = at_positions(moments, context, positions, gradient_window=GRADIENT_CONTEXT)
     layers, heads, d = moments.shape
     if moments.tokens < 8 * d:
         print(
@@ -98,11 +119,14 @@ def run(args: argparse.Namespace) -> int:
         moments.tokens,
         context,
         fingerprint(model.params),
+        positions,
     )
     path = save_moments(moments, folder, about, args.format)
     stamp = make_stamp(seed=0, command="kvjax " + shlex.join(sys.argv[1:]))
     write_json(folder / "stamp.json", stamp)
     about_tokens = f"{moments.tokens} tokens of {name}"
+    if positions is not None:
+        about_tokens += f", at {positions} positions"
     print(f"{model.config.name}: {layers} layers, {heads} KV heads of {d}; {about_tokens}")
     for line in drift_summary(moments):
         print(line)

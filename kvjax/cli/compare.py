@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if args.calibration is not None:
             moments, made = load_moments(args.calibration, model.config, model.params)
             settings = dataclasses.replace(settings, calibration=moments)
+            options.warn_reach(made.reach, settings.context)
             seen = {"calibration": made.text, **_tuned_on(names, model.config, moments)}
             for what, of in seen.items():
                 if same_text(of, text_name):

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             moments = None
             if args.calibration is not None:
-                moments, _ = load_moments(args.calibration, model.config, model.params)
+                moments, about = load_moments(args.calibration, model.config, model.params)
             method = get_for_model(
                 args.method, model.config, moments, layout=layout, seed=args.seed
             )
@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
                 if args.chat
                 else model.tokenizer.encode(prompt)
             )
+            if moments is not None:
+                options.warn_reach(about.reach, len(ids) + args.max_new)
             keep = make_keep(args, model, len(ids))
             report("reading the prompt")
             steps = stack.enter_context(generation(args, plan, model, ids, keep))

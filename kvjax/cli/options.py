@@ -49,6 +49,16 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def warn_reach(reach: int, context: int) -> None:
+    """A line on stderr where more is served than was calibrated (see `calibrate.served`)."""
+    if context > reach:
+        print(
+            f"kvjax: methods are calibrated up to {reach} positions, and {context} are served: "
+            f"they lose their gain on the way; run `kvjax calibrate --positions {context}`",
+            file=sys.stderr,
+        )
+
+
 def add_policy(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Which tokens stay; no option has a default, so that what is not given can be told."""
     group = parser.add_argument_group("which tokens stay")

@@ -17,6 +17,8 @@ from kvjax.calibrate.artefact import Provenance, load_moments, save_moments
 from kvjax.calibrate.drift import drift_summary
 from kvjax.calibrate.moments import Moments
 from kvjax.calibrate.names import CALIBRATED, get_calibrated
+from kvjax.calibrate.served import at_positions
+from kvjax.cli import options
 from kvjax.cli.main import main
 from kvjax.cli.memory import read_config
 from kvjax.evals.memory import footprint
@@ -164,6 +166,23 @@ def test_calibrate_ends_with_scales_and_drift(place, tmp_path, capsys, monkeypat
     assert lines[2].startswith("drift, median over heads: ")
     assert len(lines) == 4
     assert moments.key_bucket_mean.shape[2] == 8
+    longer = [*argv[:-1], tmp_path / "longer", "--positions", 100]
+    lines = call(capsys, "calibrate", "--model", place / "model", *longer).splitlines()
+    assert lines[0].endswith(", at 100 positions")
+    served, about = load_moments(tmp_path / "longer")
+    want = at_positions(moments, 48, 100)
+    np.testing.assert_allclose(served.key_cov, want.key_cov, rtol=1e-3, atol=1e-5)
+    assert (about.context, about.positions, about.reach) == (48, 100, 100)
+    assert load_moments(tmp_path)[1].reach == 48
+    few = ["calibrate", "--model", place / "model", *argv, "--positions", 47]
+    assert "got 47; expected the 48 of --context or more" in call(capsys, *few, status=2)
+
+
+def test_contexts_beyond_the_calibration_are_told(capsys):
+    options.warn_reach(2048, 2048)
+    assert not capsys.readouterr().err
+    options.warn_reach(2048, 8192)
+    assert "up to 2048 positions, and 8192 are served" in capsys.readouterr().err
 
 
 def test_weights_that_are_elsewhere(place, tmp_path, capsys):
