@@ -9,13 +9,12 @@ from pathlib import Path
 # Before jax is imported: eight simulated devices for the tests of sharding, the CPU by default, and
 # compilers that hurry, since tests compile far longer than they run. Without fusion emitters XLA
 # takes half the time; jax 0.11 has no such flag, and ends the process at one that it does not know.
-HURRY = ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib") < "0.11" else []
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(  # of two values of one flag the last counts: the user's
     [
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        *HURRY,
+        *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib") < "0.11" else []),
         os.environ.get("XLA_FLAGS", ""),
     ]
 ).strip()

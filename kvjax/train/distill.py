@@ -189,7 +189,11 @@ def mean_kl(params: Params, config: ModelConfig, teacher: Array, student: Array)
 @functools.partial(jax.jit, static_argnames="config")
 def mean_nll(params: Params, config: ModelConfig, tokens: Array) -> Array:
     """Mean negative log-likelihood of `tokens: [t]` with the full cache, in nats per token."""
-    hidden = full_hidden(params, config, tokens)
+    return nll_of(params, config, full_hidden(params, config, tokens), tokens)
+
+
+def nll_of(params: Params, config: ModelConfig, hidden: Array, tokens: Array) -> Array:
+    """Mean negative log-likelihood of `tokens: [t]` from hidden states `[t, D]`, in nats."""
 
     def some(pair):
         hidden, following = pair

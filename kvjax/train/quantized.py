@@ -46,6 +46,13 @@ def quantized_hidden(plan: Plan, params: Params, tokens: Array) -> Array:
             expected="methods of one structure in each run, on one device",
             fix="train with one recipe for all layers",
         )
+    if any(plan.stacked) and config.owners != tuple(range(config.layers)):
+        raise InputError(
+            "plan",
+            got="calibrated methods, for layers of which some borrow",
+            expected="one method for all, or layers with caches of their own",
+            fix="train without layer_map, or with a method that is not calibrated",
+        )
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def attend(run, layer, cache, q, k, v, extra):

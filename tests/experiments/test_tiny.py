@@ -49,7 +49,15 @@ def test_tiny_variant_runs(name, tmp_path):
 
 def test_every_experiment_has_a_config_with_both_variants():
     programs = {p.stem for p in (ROOT / "experiments").glob("*.py") if "app.run" in p.read_text()}
-    own_tests = {"peers", "frontier", "tokens", "conversations", "soak", "long_context"}
+    own_tests = {
+        "peers",
+        "frontier",
+        "tokens",
+        "conversations",
+        "soak",
+        "long_context",
+        "tune_shift",
+    }
     assert programs <= set(EXPERIMENTS) | own_tests
     for name in programs:
         text = (ROOT / "configs" / f"{name}.py").read_text()
