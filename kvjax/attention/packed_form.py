@@ -26,6 +26,7 @@ from kvjax.codecs import (
     Tiers,
     TokenScale,
     Uniform,
+    View,
 )
 from kvjax.core.codec import Array, Code, Codec
 from pallas_kernels.packed import Block, Packed, Part
@@ -62,6 +63,8 @@ def why_not(codec: Codec, side: Side, page: int) -> str | None:
             return None if codec.dtype == jnp.bfloat16 else f"{codec.dtype} numbers"
         case QJL() | Dropped():
             return None
+        case View():
+            return "a view of the keys, which the kernel would read twice"
     return f"{_name(codec)} codes"
 
 

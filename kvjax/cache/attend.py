@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from kvjax.attention.packed_kernel import attend_pages, backend
@@ -10,6 +12,7 @@ from kvjax.cache.kept import attend_kept
 from kvjax.cache.pages import overflow, page_slots, pages_here, read_chunk, row_pages_here
 from kvjax.cache.shapes import check_shapes
 from kvjax.cache.state import Cache
+from kvjax.codecs import View
 from kvjax.core.codec import Array
 from kvjax.core.method import Method
 from kvjax.core.partial import Partial, dense_partial
@@ -78,12 +81,16 @@ def attend_rows(
       q: `[b, h, r, d]` float32, scaled.
       position, boundary: `[b, r]`; a row sees tokens up to its position, packed ones from the sink
         up to its boundary and exact ones elsewhere.
-      exact: keys and values `[b, h, s, d]` and positions `[b, s]` (-1: no token).
+      exact: keys and values `[b, h, s, d]` and positions `[b, s]` (-1: no token); values that are
+        a view of the keys are read there.
       kernel: what the fused kernel runs as, where all rows stand at one position that sees every
         packed page; None is the page scan.
     """
     layout = method.layout
     k, v, at = exact
+    view = method.value if isinstance(method.value, View) else None
+    if view is not None:  # what is not of the values is cleared at the end
+        method, v = dataclasses.replace(method, value=view.through(method.key)), k
     at = at[:, None]  # [b, 1, s]
     unpacked = (at < layout.sink) | (at >= boundary[..., None])
     mask = unpacked & (at >= 0) & _in_reach(at, position[..., None], cache.window)  # [b, r, s]
@@ -97,7 +104,7 @@ def attend_rows(
         packed = packed.merge(attend_kept(method, cache.kept, q, layer, CHUNK_TOKENS))
     seen = dense_partial(q, k, v, mask[:, None]).merge(packed)
     bad = overflow(cache, layer)[:, None, None, None]
-    return jnp.where(bad, jnp.nan, seen.out)
+    return jnp.where(bad, jnp.nan, seen.out if view is None else view.of_key(seen.out))
 
 
 def _packed(method, cache, q, layer, position, boundary) -> Partial:
@@ -108,7 +115,9 @@ def _packed(method, cache, q, layer, position, boundary) -> Partial:
         chunk = read_chunk(cache, layer, i * count, count)
         starts = chunk.starts[..., None]  # [b, c, 1]
         positions = jnp.where(starts < 0, -1, starts + jnp.arange(layout.page))
-        return Chunk(chunk.key, chunk.value, positions[:, None])
+        view = isinstance(method.value, View)
+        value = method.value.of_code(chunk.key) if view else chunk.value
+        return Chunk(chunk.key, value, positions[:, None])
 
     def visible(positions):  # [b, 1, c, p] -> [b, 1, c, r, p]
         at = positions[..., None, :]

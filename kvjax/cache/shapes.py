@@ -8,9 +8,11 @@ import numpy as np
 
 from kvjax.cache.pages import LOST
 from kvjax.cache.state import Cache
+from kvjax.codecs import View
 from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
+from kvjax.core.method import Method
 
 
 def check_shapes(
@@ -23,6 +25,7 @@ def check_shapes(
       arrays: by name; "q" has an axis of queries before d.
     """
     layers, b, h, _, d = cache.window_key.shape
+    value_width = cache.window_value.shape[-1]
     if cache.page_readers is not None and cache.page_readers.shape[1] != cache.pool_part:
         raise InputError(
             "cache",
@@ -41,20 +44,50 @@ def check_shapes(
         )
     for name, a in arrays.items():
         shape = (*a.shape[:-2], a.shape[-1]) if name == "q" else a.shape
-        if shape != (b, *tokens, h, d):
+        width = value_width if name == "v" else d
+        if shape != (b, *tokens, h, width):
             where = f", tokens {tokens[0]}" if tokens else ""
             raise InputError(
                 name,
                 got=f"shape {a.shape}",
                 expected=f"batch {b}{where}, KV heads {h}, "
                 + ("queries per KV head, " if name == "q" else "")
-                + f"head_dim {d}",
+                + f"head_dim {width}",
                 fix="reshape it, or make the cache for these sizes",
             )
         if not jnp.issubdtype(a.dtype, jnp.floating):
             raise InputError(
                 name, got=a.dtype, expected="a floating dtype", fix="cast it before appending"
             )
+
+
+def values_kept(method: Method, cache: Cache, k: Array, v: Array | None) -> Array:
+    """What a cache keeps of the values: all, or nothing, `[..., 0]`, of a view of the keys.
+
+    Raises:
+      InputError: no values, and keys that do not hold them; outside jit, values that are not the
+        keys' own.
+    """
+    if not isinstance(method.value, View):
+        if v is None:
+            raise InputError(
+                "v",
+                got="None",
+                expected=f"values, which {method.name} keeps apart from the keys",
+                fix="give them, or use a value codec that is a `View`",
+            )
+        return v
+    own = method.value.of_key(k)
+    plain = lambda a: np.asarray(a, np.float32)
+    known = v is not None and not any(isinstance(a, jax.core.Tracer) for a in (v, own))
+    if known and not np.array_equal(plain(v), plain(own), equal_nan=True):
+        raise InputError(
+            "v",
+            got="values of their own",
+            expected=f"channels 0 to {method.value.width - 1} of the keys, then zeros",
+            fix="give None, or use a method that keeps values",
+        )
+    return own if cache.window_value.shape[-1] else own[..., :0]
 
 
 def _check_axis(cache: Cache) -> None:

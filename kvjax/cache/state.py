@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.kept import Kept
+from kvjax.codecs import View
 from kvjax.core.codec import Array, Code
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
@@ -23,7 +24,8 @@ class Cache:
 
     Attributes:
       window_key, window_value: `[l, b, h, w, d]`, slots 0..sink-1 the sink, then the recent ring;
-        bf16 is kept as uint16 bits (see `core.storage`).
+        bf16 is kept as uint16 bits (see `core.storage`). Values that are a `View` of their keys
+        have no window, `[..., 0]`, and no pages.
       window_positions: `[l, b, w]` int32, -1 where empty.
       key_pages, value_pages: codes, leaves `[l, b, h, n, ...]`, or `[l, pool, h, ...]` if paged.
       page_starts: position of each page's first token, -1 where empty; `[l, b, n]` or `[l, pool]`.
@@ -97,8 +99,9 @@ def init(
       parts: devices that the sequences are split over; counts only where there is a pool, of which
         each then has a part.
     Raises:
-      InputError: head_dim or page that the method does not take; sizes under 1; more than one shard
-        without an axis; a pool or a batch that does not split.
+      InputError: head_dim or page that the method does not take; a view of keys that do not hold
+        it; sizes under 1; more than one shard without an axis; a pool or a batch that does not
+        split.
 
     Example:
       >>> import kvjax
@@ -108,6 +111,8 @@ def init(
       (1, 1, 2, 132, 64)
     """
     method.check(head_dim)
+    if isinstance(method.value, View):
+        method.value.check_key(method.key)
     sizes = {"capacity": capacity, "kv_heads": kv_heads, "batch": batch, "layers": layers}
     for name, size in sizes.items():
         if size < 1:
@@ -143,14 +148,16 @@ def init(
         code = jax.eval_shape(codec.encode, page, positions)
         return jax.tree.map(lambda a: jnp.zeros((layers, *pages, *a.shape[3:]), a.dtype), code)
 
+    view = isinstance(method.value, View)
+
     # Filled rather than shared: every leaf needs its own buffer to be donated.
     full = lambda shape, value: jnp.full(shape, value, jnp.int32)
     return Cache(
         window_key=jnp.zeros(exact, kept_dtype(dtype)),
-        window_value=jnp.zeros(exact, kept_dtype(dtype)),
+        window_value=jnp.zeros((*exact[:-1], 0 if view else head_dim), kept_dtype(dtype)),
         window_positions=full((layers, batch, slots), -1),
         key_pages=empty(method.key),
-        value_pages=empty(method.value),
+        value_pages=() if view else empty(method.value),
         page_starts=full((layers, batch, n) if pool is None else (layers, pool), -1),
         page_table=None if pool is None else full((layers, batch, n), -1),
         page_readers=None if pool is None else full((layers, pool), 0),
@@ -186,10 +193,14 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def history_bits_per_value(method: Method, cache: Cache) -> float:
-    """True bits per value of the packed history: codes, scales, norms, positions, page table."""
-    heads, head_dim = cache.window_key.shape[2], cache.window_key.shape[4]
+    """True bits per value of the packed history: codes, scales, norms, positions, page table.
+
+    Values that are a `View` of their keys are not counted: there is one number for both.
+    """
+    heads = cache.window_key.shape[2]
+    width = cache.window_key.shape[4] + cache.window_value.shape[4]
     tokens = float(cache.page_starts.size * method.layout.page)
     if cache.kept is not None:  # heads differ in their tokens
         tokens += cache.kept.positions.size / heads
     total = sum(a.size * a.dtype.itemsize for a in cache.history())
-    return total * 8 / (2 * tokens * heads * head_dim)
+    return total * 8 / (tokens * heads * width)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from kvjax.cache.attend import attend_rows
 from kvjax.cache.pages import write_page
-from kvjax.cache.shapes import check_counts, check_room, check_shapes, check_values
+from kvjax.cache.shapes import check_counts, check_room, check_shapes, check_values, values_kept
 from kvjax.cache.state import Cache
+from kvjax.codecs import View
 from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
@@ -25,7 +26,7 @@ def append(
     method: Method,
     cache: Cache,
     k: Array,
-    v: Array,
+    v: Array | None,
     *,
     layer: Array | int = 0,
     active: Array | None = None,
@@ -36,13 +37,14 @@ def append(
     whenever it runs for one.
 
     Args:
-      k, v: `[b, h, d]`, keys after RoPE.
+      k, v: `[b, h, d]`, keys after RoPE. v may be None where values are a view of the keys.
       active: `[b]` bool; sequences that are False stay as they are. None is all.
     Raises:
       InputError: shapes that differ from the cache's; outside jit also a full cache or pool (under
         jit the sequence that outgrew it reads as NaN), and numbers that are not finite; outside of
         their mesh, pages that are dealt to several devices.
     """
+    v = values_kept(method, cache, k, v)
     check_shapes(cache, layer, k=k, v=v)
     layout = method.layout
     active = jnp.ones(k.shape[0], bool) if active is None else jnp.asarray(active)
@@ -84,7 +86,8 @@ def _encode_due(method: Method, cache: Cache, layer: Array | int, tokens: Tokens
         positions = starts[:, None] + jnp.arange(layout.page)  # [m, p]
         k, v = (widen(a)[:, :, None] for a in tokens(rows, positions))  # [m, h, 1, p, d]
         at = positions[:, None, None]  # [m, 1, 1, p]
-        code = method.key.encode(k, at), method.value.encode(v, at)
+        view = isinstance(method.value, View)
+        code = method.key.encode(k, at), () if view else method.value.encode(v, at)
         for i in range(together):
             one = jax.tree.map(lambda a, i=i: a[i, :, 0], code)
             cache = write_page(cache, layer, rows[i], one, starts[i], due[i] > 0)
@@ -98,7 +101,7 @@ def extend(
     cache: Cache,
     q: Array,
     k: Array,
-    v: Array,
+    v: Array | None,
     *,
     layer: Array | int = 0,
     count: Array | None = None,
@@ -111,7 +114,7 @@ def extend(
     `append` and `attend`, at the price of one; the peak is the cache and one block.
 
     Args:
-      q: `[b, t, h, g, d]`. k, v: `[b, t, h, d]`, keys after RoPE.
+      q: `[b, t, h, g, d]`. k, v: `[b, t, h, d]`, as for `append`.
       count: `[b]` int32, how many of the t tokens of each sequence are real (they come first).
       scale: factor on the logits; None is `d ** -0.5`.
     Returns:
@@ -120,6 +123,7 @@ def extend(
       InputError: shapes that differ from the cache's; a block longer than a page where the cache
         keeps a sliding window only; what `append` refuses, and counts beyond 0 to t outside jit.
     """
+    v = values_kept(method, cache, k, v)
     check_shapes(cache, layer, tokens=k.shape[1:2], q=q, k=k, v=v)
     layout = method.layout
     b, t, h, g, d = q.shape
@@ -166,7 +170,7 @@ def prefill(
     method: Method,
     cache: Cache,
     k: Array,
-    v: Array,
+    v: Array | None,
     *,
     q: Array | None = None,
     layer: Array | int = 0,
@@ -176,7 +180,7 @@ def prefill(
     """Adds t tokens block by block: `extend` in a scan, so that no step sees the whole history.
 
     Args:
-      k, v: `[b, t, h, d]`. q: `[b, t, h, g, d]` if the outputs are wanted.
+      k, v: `[b, t, h, d]`, as for `append`. q: `[b, t, h, g, d]` if the outputs are wanted.
       block: tokens per step; None is a page. A t that it does not divide ends in a shorter block.
     Returns:
       Outputs `[b, t, h, g, d]` or None, and the cache: the same as after t calls of `append`.
@@ -185,6 +189,7 @@ def prefill(
     """
     if block is not None and block < 1:
         raise InputError("block", got=block, expected="1 token or more", fix="None is a page")
+    v = values_kept(method, cache, k, v)
     arrays = {"k": k, "v": v} if q is None else {"k": k, "v": v, "q": q}
     check_shapes(cache, layer, tokens=k.shape[1:2], **arrays)
     check_values(jnp.ones(k.shape[:2], bool), **arrays)
@@ -196,7 +201,7 @@ def prefill(
     queries = k[:, :, :, None] if q is None else q
 
     def split(a):  # [b, t, ...] -> [n, b, block, ...]
-        return a[:, :whole].reshape(a.shape[0], -1, block, *a.shape[2:]).swapaxes(0, 1)
+        return a[:, :whole].reshape(a.shape[0], whole // block, block, *a.shape[2:]).swapaxes(0, 1)
 
     def one(cache, inputs):
         out, cache = extend(method, cache, *inputs, layer=layer, scale=scale)

@@ -20,7 +20,7 @@ from kvjax.core.storage import kept_dtype, narrow_like, widen
 from kvjax.policies.cam import merge_values
 from kvjax.policies.eviction import Eviction
 from kvjax.policies.merge_runs import merge_runs
-from kvjax.policies.policy import Seen
+from kvjax.policies.policy import Policy, Seen
 from kvjax.policies.retain import keep
 
 
@@ -90,6 +90,7 @@ def take_in(
     frequencies: Array,
     scale: float | None = None,
     probe: bool = False,
+    again: Array | bool = False,
 ) -> tuple[Array, WorkingSet]:
     """Adds a block to the free slots, with the attention of its queries and the policy's verdict.
 
@@ -100,6 +101,10 @@ def take_in(
       frequencies: `[d / 2]`, radians per position of each rotated pair.
       probe: the block only judges: its tokens see themselves and all that is there, the policy
         scores by its queries, and nothing is added. As long as you like.
+      again: bool, the block is in already, and these are the queries of another layer that reads
+        the same keys and values: `k` and `v` are those of the first time, and tokens are judged by
+        all queries so far. A policy that keeps notes has them added up there; verdicts of others
+        are summed where they depend on queries.
     Returns:
       Outputs `[b, t, h, g, d]` and the working set; call `evict` before the next block.
     Raises:
@@ -115,12 +120,16 @@ def take_in(
         )
     scale = d**-0.5 if scale is None else scale
     count = jnp.full((b,), t, jnp.int32) if count is None else count
-    before = tokens.length[layer]
+    again = jnp.asarray(again)
+    free = tokens.positions.shape[-1] - tokens.block
+    before = tokens.length[layer] - (0 if probe else jnp.where(again, count, 0))
     offsets = jnp.arange(t)
     rows = jnp.where(offsets < count[:, None], before[:, None] + offsets, -1)  # [b, t]
     block = tuple(a.swapaxes(1, 2) for a in (k, v))  # [b, h, t, d]
     at = jnp.broadcast_to(rows[:, None], (b, h, t))
     positions = tokens.positions[layer]
+    if not probe:
+        positions = jnp.where(again & (jnp.arange(positions.shape[-1]) >= free), -1, positions)
     stored = held = tuple(a[layer] for a in (tokens.key, tokens.value))
     if eviction.positions == "cache":
         turned = Exact(widen(held[0]), held[1], positions).close_up(before, frequencies)
@@ -130,7 +139,6 @@ def take_in(
         key, value = (jnp.concatenate(pair, 2) for pair in zip(held, new, strict=True))
         visible = jnp.concatenate([positions, at], 2)
     else:
-        free = positions.shape[-1] - tokens.block
         put = lambda a, part: jax.lax.dynamic_update_slice_in_dim(a, part, free, 2)
         key, value = map(put, held, new)
         stored = tuple(map(put, stored, new))
@@ -167,13 +175,23 @@ def take_in(
         mass, memory = policy.observe(seen)
         seen = dataclasses.replace(seen, mass=mass, memory=memory)
         judged = (count > 0)[:, None, None]
-        score = jnp.where(judged, policy.score(seen), tokens.score[layer])
+        last = tokens.score[layer]
+        score = policy.score(seen)
+        if verdicts_add(policy, tokens.memory):
+            score += jnp.where(again, last, 0.0)
+        score = jnp.where(judged, score, last)
         changes |= {"mass": mass, "memory": memory, "score": score}
     write = lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new.astype(a.dtype), layer, 0)
     changes = {
         name: jax.tree.map(write, getattr(tokens, name), new) for name, new in changes.items()
     }
     return out, dataclasses.replace(tokens, **changes)
+
+
+def verdicts_add(policy: Policy, memory: Any) -> bool:
+    """Whether verdicts of several layers on the same tokens are summed: those of queries are,
+    unless the policy judges by notes, to which every layer has added."""
+    return bool(policy.needs) and policy.notes is None and not jax.tree.leaves(memory)
 
 
 def evict(

@@ -54,6 +54,7 @@ def fold_values(params: Params, config: ModelConfig, transforms: Sequence[Transf
             fix="give every layer one: [transform] * layers for the same in all",
         )
     pairs = [_matrices(transform, i, config) for i, transform in enumerate(transforms)]
+    pairs = [pairs[owner] for owner in config.owners]  # who borrows values undoes their transform
     runs, start = [], 0
     for layers in params.runs:
         stop = start + layers.wv.shape[0]

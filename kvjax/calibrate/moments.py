@@ -94,6 +94,13 @@ def measure_moments(
     Raises:
       InputError: no windows, too short ones, or NaN in a layer, named.
     """
+    if config.latent is not None:
+        raise InputError(
+            "calibration",
+            got=f"{config.name}, whose values are a part of its keys",
+            expected="a model with keys and values",
+            fix="calibrate what it was converted from, or use a recipe without calibration",
+        )
     check_windows(windows, SKIP)
     counted = len(windows) * (len(windows[0]) - SKIP)
 

@@ -163,8 +163,9 @@ def quality(
 def sizes(plan: Plan, context: int) -> dict[str, float | int]:
     """Bits and bytes of the caches at this context, from the shapes that `init` allocates."""
     caches = jax.eval_shape(lambda: init_caches(plan, batch=1, capacity=context))
-    values = sum(2 * c.window_key.shape[0] * c.window_key.shape[2] for c in caches)
-    values *= plan.config.head_dim * context
+    numbers = lambda c: c.window_key.shape[-1] + c.window_value.shape[-1]  # 0 where they are keys'
+    values = sum(c.window_key.shape[0] * c.window_key.shape[2] * numbers(c) for c in caches)
+    values *= context
     total = sum(cache_bytes(cache) for cache in caches)
     bits = [history_bits_per_value(m, c) for m, c in zip(plan.methods, caches, strict=True)]
     layers = [len(group.layers) for group in plan.groups]

@@ -27,12 +27,13 @@ class Footprint:
 
     Attributes:
       method: its name.
-      bits_per_value: of the packed history, all side information counted; the mean over layers.
+      bits_per_value: of the packed history, all side information counted; the mean over layers
+        that have a cache.
       bytes_per_token: what one more token costs once windows are full, over all layers that keep
         growing (those without a sliding window).
       cache_bytes: all leaves at this context and batch, windows included.
       ratio: of cache_bytes to a plain bf16 cache of all tokens.
-      bits_by_layer: true bits per value of every layer.
+      bits_by_layer: true bits per value of what every layer reads, its own or another's.
     """
 
     method: str
@@ -75,11 +76,14 @@ def footprint(
         for layer in group.layers:
             bits[layer] = per_value
         if group.window is None:
-            growing += 2 * len(group.layers) * config.kv_heads * config.head_dim * per_value / 8
+            width = cache.window_key.shape[-1] + cache.window_value.shape[-1]
+            growing += len(group.layers) * config.kv_heads * width * per_value / 8
+    bits = [bits[owner] for owner in config.owners]
+    mean = sum(bits[n] for n in set(config.owners)) / len(set(config.owners))
     total = sum(cache_bytes(cache) for cache in caches)
     ratio = total / plain_bytes(config, context, batch)
     name = plan.methods[0].name
-    return Footprint(name, sum(bits) / len(bits), growing, total, ratio, tuple(bits))
+    return Footprint(name, mean, growing, total, ratio, tuple(bits))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ from kvjax.parallel.place import keep_placed, make_cache
 from kvjax.parallel.processes import fetch
 from kvjax.parallel.rules import ShardingRules
 from kvjax.policies.eviction import Eviction
+from kvjax.policies.policy import Policy
+from kvjax.policies.weighted import Weighted
 
 Array = jax.Array
 Caches = tuple[Any, ...]  # a WorkingSet per group without a sliding window, a Cache per other
@@ -81,8 +83,9 @@ def start_working(plan: Plan, eviction: Eviction, *, batch: int, dtype=jnp.bfloa
     """Empty working sets and, for layers with a sliding window, empty caches.
 
     Raises:
-      InputError: a budget below the windows, or not one for each layer; methods of several layouts;
-        a mesh with more devices on its axis heads than there are KV heads.
+      InputError: a budget below the windows, or not one for each layer that has keys and values;
+        methods of several layouts; a policy that layers cannot share; a mesh with more devices on
+        its axis heads than there are KV heads.
     """
     config, layout, rules = plan.config, plan.methods[0].layout, plan.rules
     if plan.copies > 1:  # each copy would be judged by the queries of its own device only
@@ -99,6 +102,15 @@ def start_working(plan: Plan, eviction: Eviction, *, batch: int, dtype=jnp.bfloa
             expected="one layout for all where a policy evicts",
             fix="give all methods the same layout",
         )
+    if config.latent is not None:
+        raise InputError(
+            "eviction",
+            got=f"{config.name}, whose values are a part of its keys",
+            expected="a model with keys and values",
+            fix="use a method without a policy",
+        )
+    if plan.config.layer_map:
+        _check_readers(eviction.policy)
     eviction.check(len(full_layers(plan)), layout)
     sizes: dict[str, Any] = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
     sizes |= {"batch": batch, "dtype": dtype}
@@ -115,8 +127,27 @@ def start_working(plan: Plan, eviction: Eviction, *, batch: int, dtype=jnp.bfloa
     return tuple(found)
 
 
+def _check_readers(policy: Policy) -> None:
+    """Raises `InputError` for a policy that several layers cannot judge by together."""
+    if not isinstance(policy, Weighted):
+        return
+    memories = policy.start(1, 1, 1, 2)
+    asked = [
+        (part.notes is not None or bool(jax.tree.leaves(memory)), type(part).__name__)
+        for (part, _), memory in zip(policy.parts, memories, strict=True)
+        if part.needs
+    ]
+    if len({notes for notes, _ in asked}) > 1:
+        raise InputError(
+            "policy",
+            got=f"{' and '.join(name for _, name in asked)}, of which one keeps notes",
+            expected="parts that all keep notes of queries, or none, where layers borrow",
+            fix="leave out one of them",
+        )
+
+
 def full_layers(plan: Plan) -> list[int]:
-    """Layers without a sliding window, as their working sets come."""
+    """Layers without a sliding window that own keys and values, as their working sets come."""
     return [n for group in plan.groups if group.window is None for n in group.layers]
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
-from kvjax.cache import Cache, append, attend, extend, init
-from kvjax.cache.working_set import WorkingSet, take_in
+from kvjax.cache import Cache, init
+from kvjax.cache.borrow import windows_like
+from kvjax.cache.working_set import WorkingSet
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.pytree import pytree, static
-from kvjax.models.config import ModelConfig, layer_runs
+from kvjax.generate.layer import Held, Place, Tokens, one_layer, only_if
+from kvjax.models.config import ModelConfig, Run, layer_runs
 from kvjax.models.decoder import Params, decode_layers, rope_frequencies
+from kvjax.models.layer_map import lending, lending_slots
 from kvjax.parallel.place import keep_placed, make_cache, repeat_method
 from kvjax.parallel.processes import fetch
 from kvjax.parallel.rules import ShardingRules, cache_specs, method_specs, param_specs
@@ -32,7 +34,8 @@ class Group:
     """Layers of one run whose methods have one structure: one cache, and one compiled body.
 
     Attributes:
-      layers: their numbers in the model, rising. run: as of `layer_runs`. window: of that run.
+      layers: their numbers in the model, rising; those that borrow are in no group.
+      run: as of `layer_runs`. window: of that run.
     """
 
     layers: tuple[int, ...]
@@ -59,9 +62,21 @@ class Plan:
     rules: ShardingRules | None = static(default=None)
     copies: int = static(default=1)
 
-    def in_run(self, run: int) -> list[int]:
-        """The groups of a run."""
-        return [i for i, group in enumerate(self.groups) if group.run == run]
+    def places(self) -> dict[int, tuple[int, int]]:
+        """By layer that has a cache: its group, and where it is in there."""
+        return {
+            layer: (i, slot)
+            for i, group in enumerate(self.groups)
+            for slot, layer in enumerate(group.layers)
+        }
+
+    def uses(self) -> tuple[tuple[int, ...], ...]:
+        """By run: the groups whose caches its layers read, their own or those of their owners."""
+        places, owners = self.places(), self.config.owners
+        return tuple(
+            tuple(sorted({places[owners[layer]][0] for layer in range(run.start, run.stop)}))
+            for run in layer_runs(self.config)
+        )
 
 
 def make_plan(
@@ -74,9 +89,12 @@ def make_plan(
 
     A run of alike layers is one loop. Where its layers' methods differ in arrays only (calibration)
     these are stacked; where they differ in structure, each structure is compiled once and the loop
-    chooses, so ten layers of two kinds cost two bodies in whatever order they come.
+    chooses, so ten layers of two kinds cost two bodies in whatever order they come. Where layers
+    borrow (`ModelConfig.layer_map`) there are caches for their owners only.
 
     Args:
+      method: of several, one per layer, those of layers that borrow are not used: what they read
+        has the method of its owner.
       rules: spreads the model over the devices of a mesh; its weights come from
         `kvjax.parallel.place_params`.
     Raises:
@@ -87,6 +105,13 @@ def make_plan(
         single = isinstance(method, Method)
         methods = (method,) if isinstance(method, Method) else tuple(method)
         rules.check(config, methods, rules.data)
+        if config.latent is not None and rules.heads > 1:
+            raise InputError(
+                "mesh",
+                got=f"{rules.heads} devices of heads, for a latent that all heads share",
+                expected="devices for data and sequence only",
+                fix="make the axis heads 1",
+            )
         copies = rules.copies(config)
         repeated = [repeat_method(one, config.kv_heads, copies) for one in methods]
         config = dataclasses.replace(config, kv_heads=config.kv_heads * copies)
@@ -95,10 +120,9 @@ def make_plan(
     runs = layer_runs(config)
     if isinstance(method, Method):
         method.check(config.head_dim)
-        groups = tuple(
-            Group(tuple(range(r.start, r.stop)), i, r.window) for i, r in enumerate(runs)
-        )
-        return Plan((method,) * len(runs), (False,) * len(runs), groups, config)
+        every = [Group(_owning(config, run), i, run.window) for i, run in enumerate(runs)]
+        groups = tuple(group for group in every if group.layers)
+        return Plan((method,) * len(groups), (False,) * len(groups), groups, config)
     methods = tuple(method)
     if len(methods) != config.layers:
         raise InputError(
@@ -112,11 +136,15 @@ def make_plan(
     kinds = [(jax.tree.structure(m), tuple(a.shape for a in jax.tree.leaves(m))) for m in methods]
     members: dict[tuple[int, Any], list[int]] = {}
     for i, run in enumerate(runs):
-        for layer in range(run.start, run.stop):
+        for layer in _owning(config, run):
             members.setdefault((i, kinds[layer]), []).append(layer)
     groups = tuple(Group(tuple(own), key[0], runs[key[0]].window) for key, own in members.items())
     stack = lambda group: jax.tree.map(lambda *a: jnp.stack(a), *(methods[n] for n in group.layers))
     return Plan(tuple(map(stack, groups)), (True,) * len(groups), groups, config)
+
+
+def _owning(config: ModelConfig, run: Run) -> tuple[int, ...]:
+    return tuple(n for n in range(run.start, run.stop) if config.owners[n] == n)
 
 
 def init_caches(plan: Plan, *, batch: int, capacity: int, dtype=jnp.bfloat16) -> tuple[Cache, ...]:
@@ -227,99 +255,87 @@ def _forward_sharded(plan, rules, params, caches, tokens, count):
 
 def _forward(plan, params, caches, tokens, count, eviction=None, probe=False, reduce=None):
     """`forward_block` on one device."""
-    t = tokens.shape[1]
-    positions = caches[0].length[0][:, None] + jnp.arange(t)  # [b, t]
+    config, t = plan.config, tokens.shape[1]
+    runs, uses = layer_runs(config), plan.uses()
+    before = caches[0].length[0]
+    block = Tokens(before, count, eviction, probe)
 
-    def one_layer(run, method, cache, slot, q, k, v):
-        if isinstance(cache, WorkingSet):
-            assert eviction is not None
-            turns = jnp.asarray(rope_frequencies(layer_runs(plan.config)[run], q.shape[-1]))
-            given = {"layer": slot, "count": count, "scale": 1.0, "probe": probe}
-            return take_in(eviction, cache, q, k, v, frequencies=turns, **given)
-        if t > 1:
-            out, new = _extend(method, cache, slot, q, k, v, count)
-            return out, (cache if probe else new)
-        active = None if count is None else count > 0
-        new = append(method, cache, k[:, 0], v[:, 0], layer=slot, active=active)
-        out = attend(method, new, q[:, 0], layer=slot, scale=1.0)[:, None]
-        return out, (cache if probe else new)
+    def layer_attend(run, layer, held, q, k, v, extra):
+        kind, slot, method, turn = extra
+        groups, shared = uses[run], lending(config.owners, runs[run].start, runs[run].stop)
+        owns, lent = (None, None) if turn is None else turn
+        alike, owned = (True, True) if shared is None else (shared.alike, shared.owns[0])
+        place = Place(layer if slot is None else slot, lent, owns, alike, owned)
+        frequencies = lambda: jnp.asarray(rope_frequencies(runs[run], q.shape[-1]))
 
-    def layer_attend(run, layer, own, q, k, v, extra):
-        groups = plan.in_run(run)
+        def through(i, held):
+            own = method if method is not None else _method_at(plan, i, place.slot)
+            return one_layer(block, own, held, place, q, k, v, frequencies)
+
         if len(groups) == 1:
-            method = extra if plan.stacked[groups[0]] else plan.methods[groups[0]]
-            out, cache = one_layer(run, method, own[0], layer, q, k, v)
-            return out, (cache,)
-        kind, slot = extra
-        out, caches = jnp.zeros_like(q, jnp.float32), []
-        for at, (i, cache) in enumerate(zip(groups, own, strict=True)):
+            out, new = through(groups[0], held[0])
+            return out, (new,)
+        out, all_held = jnp.zeros_like(q, jnp.float32), []
+        for at, (i, one) in enumerate(zip(groups, held, strict=True)):
 
             def body(carry, i=i):
-                method = jax.tree.map(lambda a: a[slot], plan.methods[i])
-                out, cache = one_layer(run, method, carry[1], slot, q, k, v)
-                return out.astype(jnp.float32), cache  # a block comes in the dtype of the model
+                out, new = through(i, carry[1])
+                return out.astype(jnp.float32), new  # a block comes in the dtype of the model
 
-            out, cache = _only_if(kind == at, body, (out, cache))
-            caches.append(cache)
-        return out, tuple(caches)
+            out, one = only_if(kind == at, body, (out, one))
+            all_held.append(one)
+        return out, tuple(all_held)
 
-    by_run = [plan.in_run(run) for run in range(len(layer_runs(plan.config)))]
-    hidden, nested, finite = decode_layers(
+    hidden, held, finite = decode_layers(
         params,
-        plan.config,
+        config,
         tokens,
-        positions,
+        before[:, None] + jnp.arange(t),  # [b, t]
         layer_attend,
-        [tuple(caches[i] for i in groups) for groups in by_run],
-        xs=[_layer_inputs(plan, groups) for groups in by_run],
+        _hold(plan, caches, lend=t > 1 and not probe),
+        xs=[_layer_inputs(plan, run) for run in range(len(runs))],
+        uses=uses,
         reduce=reduce,
     )
-    flat = {
-        i: cache
-        for groups, own in zip(by_run, nested, strict=True)
-        for i, cache in zip(groups, own, strict=True)
-    }
-    return hidden, tuple(flat[i] for i in range(len(caches))), finite
+    return hidden, tuple(one.cache for one in held), finite
 
 
-def _extend(method, cache, layer, q, k, v, count):
-    """`extend`; in pieces of a page where a sliding window takes no more."""
-    t, page = q.shape[1], method.layout.page
-    if cache.window is None or t <= page:
-        return extend(method, cache, q, k, v, layer=layer, count=count, scale=1.0)
-    pad = -t % page
-    count = jnp.full(q.shape[:1], t, jnp.int32) if count is None else count
-    padded = (jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (q, k, v))
-    pieces = [jnp.moveaxis(a.reshape(a.shape[0], -1, page, *a.shape[2:]), 1, 0) for a in padded]
-
-    def one(cache, piece):
-        *block, start = piece
-        real = jnp.clip(count - start, 0, page)
-        out, cache = extend(method, cache, *block, layer=layer, count=real, scale=1.0)
-        return cache, out
-
-    cache, outs = jax.lax.scan(one, cache, (*pieces, jnp.arange(0, t + pad, page)))
-    return jnp.moveaxis(outs, 0, 1).reshape(q.shape[0], t + pad, *q.shape[2:])[:, :t], cache
+def _method_at(plan: Plan, i: int, slot: Array) -> Method:
+    return jax.tree.map(lambda a: a[slot], plan.methods[i]) if plan.stacked[i] else plan.methods[i]
 
 
-def _only_if(condition: Array, body: Callable, carry):
-    """`body(carry)` or `carry`, as a loop of one turn or none: XLA updates the carry of a loop in
-    place, and copies what goes through a branch."""
-    step = lambda state: (jnp.bool_(False), body(state[1]))
-    return jax.lax.while_loop(lambda state: state[0], step, (condition, carry))[1]
+def _hold(plan: Plan, caches, *, lend: bool) -> list[Held]:
+    """Caches with room for the windows that a block's borrowers need."""
+    borrowed = {owner for layer, owner in enumerate(plan.config.owners) if owner != layer}
+    slots = lending_slots(plan.config.owners)
+
+    def one(cache, group):
+        wanted = lend and isinstance(cache, Cache) and borrowed.intersection(group.layers)
+        return Held(cache, windows_like(cache, slots) if wanted else None)
+
+    return list(map(one, caches, plan.groups))
 
 
-def _layer_inputs(plan: Plan, groups: list[int]):
-    """What each layer of a run is given: its method, or which of the groups it is in and where."""
-    if len(groups) == 1:
-        return plan.methods[groups[0]] if plan.stacked[groups[0]] else None
-    places = {
-        layer: (kind, slot)
-        for kind, i in enumerate(groups)
-        for slot, layer in enumerate(plan.groups[i].layers)
-    }
-    kind, slot = np.array([places[layer] for layer in sorted(places)], np.int32).T
-    return jnp.asarray(kind), jnp.asarray(slot)
+def _layer_inputs(plan: Plan, run: int):
+    """What each layer of a run is given, stacked: which of the run's caches it uses (None: the only
+    one) and where in there (None: in order), its method (None: that of the cache), and whether it
+    owns and where its window is held (None where nobody borrows)."""
+    this, owners, groups = layer_runs(plan.config)[run], plan.config.owners, plan.uses()[run]
+    shared = lending(owners, this.start, this.stop)
+    turn = None
+    if shared is not None:
+        turn = None if shared.alike else jnp.asarray(shared.owns), jnp.asarray(shared.slots)
+    if len(groups) == 1 and plan.groups[groups[0]].layers == tuple(range(this.start, this.stop)):
+        return None, None, plan.methods[groups[0]] if plan.stacked[groups[0]] else None, turn
+    places = plan.places()
+    found = [places[owners[layer]] for layer in range(this.start, this.stop)]
+    kind = [groups.index(i) for i, _ in found] if len(groups) > 1 else None
+    return (
+        None if kind is None else jnp.asarray(kind, jnp.int32),
+        jnp.asarray([slot for _, slot in found], jnp.int32),
+        None,
+        turn,
+    )
 
 
 def block_size(plan: Plan, longest: int, wanted: int = 256) -> int:

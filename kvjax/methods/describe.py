@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention.packed_kernel import why_not
-from kvjax.codecs import Transform
+from kvjax.codecs import Transform, View
 from kvjax.core.codec import Codec
 from kvjax.core.method import Method
 
@@ -30,11 +30,15 @@ def describe(method: Method | Sequence[Method], head_dim: int) -> str:
         return _describe_layers(layer_kinds(method), head_dim)
     method.check(head_dim)
     layout = method.layout
-    sides = {"keys": method.key, "values": method.value}
-    bits = {name: code_bits(codec, head_dim, layout.page) for name, codec in sides.items()}
+    sides = {"keys": method.key}
+    keys, values = method_bits(method, head_dim)
+    if isinstance(method.value, View):
+        of = f"{keys:.2f} bits per value (values are {method.value.width} channels of the keys)"
+    else:
+        sides["values"] = method.value
+        of = f"{(keys + values) / 2:.2f} bits per value (keys {keys:.2f}, values {values:.2f})"
     lines = [
-        f"{method.name}: {sum(bits.values()) / 2:.2f} bits per value "
-        f"(keys {bits['keys']:.2f}, values {bits['values']:.2f}), head_dim {head_dim}",
+        f"{method.name}: {of}, head_dim {head_dim}",
         f"  exact: {layout.sink} sink and {layout.recent} to {layout.recent + layout.page - 1} "
         f"recent tokens; packed: pages of {layout.page} tokens, each encoded once"
         + (f", in a pool of {layout.pool} pages" if layout.pool is not None else ""),
@@ -100,8 +104,10 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def method_bits(method: Method, head_dim: int) -> tuple[float, float]:
-    """True bits per value of keys and of values."""
+    """True bits per value of keys and of values; 0 for values that are a `View` of their keys."""
     page = method.layout.page
+    if isinstance(method.value, View):
+        return code_bits(method.key, head_dim, page), 0.0
     return code_bits(method.key, head_dim, page), code_bits(method.value, head_dim, page)
 
 

@@ -90,6 +90,8 @@ def forward(
 ) -> jax.Array:
     """Logits of a whole prompt with exact attention and no cache.
 
+    Layers that borrow (`config.layer_map`) attend to their owner's keys and values here too.
+
     Args:
       params: weights, stacked by `layer_runs(config)`.
       config: the model.
@@ -140,7 +142,7 @@ def empty_records(
 def keys_and_values(
     params: Params, config: ModelConfig, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One exact pass that keeps every layer's keys (after RoPE) and values.
+    """One exact pass that keeps the keys (after RoPE) and values that every layer reads.
 
     Args:
       tokens: int32 [b, t].

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvjax.core.errors import InputError, known
+from kvjax.models.layer_map import check_layer_map
 
-ARCHS = ("llama", "qwen2", "qwen3", "gemma3")
+ARCHS = ("llama", "qwen2", "qwen3", "gemma3", "mla")
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,47 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """What a layer with latent attention caches, and what its heads make of it; see `models.mla`.
+
+    Attributes:
+      rank: r, channels of the latent, which is key and value of all heads.
+      rotary_dim: channels of a rotary head, which keys of all heads share.
+      nope_dim: position-free channels of a query head; 0 where the latent is values only.
+      value_dim: channels of a head's value.
+      q_rank: rank of the queries' own latent, or None.
+      rotary_heads: of `rotary_dim` channels each, one after the other: 1 in DeepSeek's models.
+      norm: whether the latent is normed.
+
+    Example:
+      >>> Latent(rank=512, rotary_dim=64, nope_dim=128, value_dim=128).width
+      576
+    """
+
+    rank: int
+    rotary_dim: int
+    nope_dim: int
+    value_dim: int
+    q_rank: int | None = None
+    rotary_heads: int = 1
+    norm: bool = True
+
+    @property
+    def width(self) -> int:
+        """Numbers per token and layer in the cache: the latent and the rotary part."""
+        return self.rank + self.rotary_heads * self.rotary_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama, Qwen 2, Qwen 3 or Gemma 3 family.
+    """A decoder-only transformer of the Llama, Qwen 2, Qwen 3 or Gemma 3 family, or with MLA.
 
     Frozen and hashable, so it can be a static argument of `jax.jit`. `windows` holds one entry per
     layer (None: full attention); empty means that no layer has a window. Layers with a window
-    rotate with `rope_theta_local`, unscaled, where the family has one (Gemma 3).
+    rotate with `rope_theta_local`, unscaled, where the family has one (Gemma 3). `layer_map` holds
+    each layer's owner of keys and values, itself or an earlier layer that it borrows from (see
+    `kvjax.models.layer_map`); empty means that every layer has its own. With `latent` attention
+    there is one KV head, of the latent's width, for all query heads.
 
     Example:
       >>> from kvjax.models.config import known_configs
@@ -83,6 +119,8 @@ class ModelConfig:
     embed_scale: float = 1.0
     post_norms: bool = False
     windows: tuple[int | None, ...] = ()
+    layer_map: tuple[int, ...] = ()
+    latent: Latent | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -108,6 +146,15 @@ class ModelConfig:
                 expected="an even number, for rotary pairs",
                 fix="check the model's config",
             )
+        if (self.arch == "mla") != (self.latent is not None) or (
+            self.latent and (self.kv_heads, self.head_dim) != (1, self.latent.width)
+        ):
+            raise InputError(
+                f"latent of {self.name}",
+                got=f"{self.latent}, {self.kv_heads} KV heads of {self.head_dim}, {self.arch}",
+                expected="with architecture mla one KV head of the latent's width, else no latent",
+                fix="set arch, latent, kv_heads and head_dim together",
+            )
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.layers)
         if len(self.windows) != self.layers:
@@ -117,6 +164,18 @@ class ModelConfig:
                 expected=f"one for each of the {self.layers} layers",
                 fix="check the model's config",
             )
+        if self.layer_map:
+            check_layer_map(self.layer_map, self.windows, self.name)
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Whose keys and values each layer reads: its own, or those that it borrows."""
+        return self.layer_map or tuple(range(self.layers))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that rotate together."""
+        return self.head_dim if self.latent is None else self.latent.rotary_dim
 
     @property
     def q_per_kv(self) -> int:
@@ -126,13 +185,21 @@ class ModelConfig:
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> float:
         """Bytes that one more token costs over all layers in an uncompressed, full cache.
 
-        Sliding windows are not counted: past its window a local layer stops growing.
+        Sliding windows are not counted: past its window a local layer stops growing. Layers that
+        borrow keys and values cost nothing.
         """
-        return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
+        values = self.kv_heads * self.head_dim * (2 if self.latent is None else 1)
+        return len(set(self.owners)) * values * bytes_per_value
 
     def weight_count(self) -> int:
         """Numbers in the weight matrices (norms and biases left out)."""
         attention = 2 * self.d_model * self.head_dim * (self.q_heads + self.kv_heads)
+        if (latent := self.latent) is not None:
+            query = self.q_heads * (latent.nope_dim + latent.width - latent.rank)
+            attention = self.d_model * (latent.width + self.q_heads * latent.value_dim)
+            attention += self.q_heads * latent.rank * (latent.nope_dim + latent.value_dim)
+            attention += (latent.q_rank or self.d_model) * query
+            attention += self.d_model * (latent.q_rank or 0)
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         return self.layers * (attention + 3 * self.d_model * self.d_ff) + embeddings
 

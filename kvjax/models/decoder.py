@@ -1,4 +1,4 @@
-"""One decoder for Llama, Qwen 2, Qwen 3 and Gemma 3; attention and its cache are handed in.
+"""One decoder for Llama, Qwen 2, Qwen 3, Gemma 3 and MLA; attention and its cache are handed in.
 
 The layers of a run (see `layer_runs`) go through one `jax.lax.scan`, and what a layer does with
 its queries, keys and values is the caller's `attend`:
@@ -9,6 +9,9 @@ with `run` the static index of the run, `layer` the traced int32 index within th
 `[b, t, h, g, d]` and k, v `[b, t, h, d]` after RoPE, out `[b, t, h, g, d]`. q is already multiplied
 by the attention scale, so logits are plain `q . k`. `cache` holds all layers of the run and is
 carried through the scan, so that its buffers can be updated in place.
+
+A layer that borrows (`ModelConfig.layer_map`) makes no keys and values: its `attend` is given those
+of its owner, also where there is no cache.
 
 Letters: b batch, t tokens, l layers, h kv heads, g queries per kv head, d head dim, D model width,
 F feed-forward width, V vocabulary.
@@ -27,7 +30,10 @@ import numpy as np
 from jax import lax
 
 from kvjax.core.errors import InputError
+from kvjax.models import mla
 from kvjax.models.config import ModelConfig, Run, layer_runs
+from kvjax.models.layer_map import Lending, lending, lending_slots
+from kvjax.models.primitives import apply_rope, rms_norm
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 Reduce = Callable[[str, jax.Array], jax.Array]
@@ -57,6 +63,8 @@ class Layers:
     k_norm: jax.Array | None = None  # [l, d]
     post_attn_norm: jax.Array | None = None  # [l, D]
     post_mlp_norm: jax.Array | None = None  # [l, D]
+    w_dq: jax.Array | None = None  # [l, D, q rank]; see `kvjax.models.mla`, also for wq, wk, wv
+    w_uk: jax.Array | None = None  # [l, r, H*n]
 
 
 @flax.struct.dataclass
@@ -67,13 +75,6 @@ class Params:
     runs: tuple[Layers, ...]
     final_norm: jax.Array  # [D]
     head: jax.Array | None = None  # [V, D]; None when tied to `embed`
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """`x / rms(x) * weight` over the last axis, in float32, back in x's dtype."""
-    wide = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight).astype(x.dtype)
 
 
 def rope_frequencies(run: Run, head_dim: int) -> np.ndarray:
@@ -99,12 +100,6 @@ def rope_angles(run: Run, head_dim: int, positions: jax.Array) -> tuple[jax.Arra
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + d/2) of x [..., d] in float32; cos, sin broadcast to [..., d/2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
 def decode_layers(
     params: Params,
     config: ModelConfig,
@@ -115,6 +110,7 @@ def decode_layers(
     *,
     runs: tuple[Run, ...] | None = None,
     xs: Sequence[Any] | None = None,
+    uses: Sequence[tuple[int, ...]] | None = None,
     reduce: Reduce | None = None,
 ) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
     """All layers of the model over some tokens, with attention and caches from outside.
@@ -129,6 +125,8 @@ def decode_layers(
       runs: how layers are grouped; default `layer_runs(config)`.
       xs: optional, one pytree per run whose leaves are stacked over the run's layers; each layer
         gets its slice as `extra` (None without xs).
+      uses: which of the `caches` each run touches, where runs share some; `attend` is then given a
+        tuple of these. Default: there is one for each run.
       reduce: for weights that are split over devices, inside a `shard_map`: `reduce("heads", x)`
         sums the parts of what attention adds, `reduce("mlp", x)` those of the feed-forward.
 
@@ -141,22 +139,34 @@ def decode_layers(
     """
     runs = layer_runs(config) if runs is None else runs
     extras = (None,) * len(runs) if xs is None else tuple(xs)
-    _check_runs(params, runs, caches, extras)
+    _check_runs(params, runs, caches if uses is None else uses, extras)
     x = params.embed[tokens]  # [b, t, D]
     x = x * jnp.asarray(config.embed_scale, x.dtype)
-    caches, finite = list(caches), []
+    caches, finite, lent = list(caches), [], _room_to_lend(config, x)
     for index, (run, extra) in enumerate(zip(runs, extras, strict=True)):
-        angles = rope_angles(run, config.head_dim, positions)
+        angles = rope_angles(run, config.rotary_dim, positions)
+        shared = lending(config.owners, run.start, run.stop)
 
-        def step(carry, inputs, index=index, angles=angles):
-            x, cache = carry
-            weights, layer, extra = inputs
-            attention = lambda q, k, v: attend(index, layer, cache, q, k, v, extra)
-            return _layer(config, weights, x, angles, attention, reduce or _whole)
+        def step(carry, inputs, index=index, angles=angles, shared=shared):
+            x, cache, lent = carry
+            weights, layer, extra, turn = inputs
+            if shared is None:
+                q, k, v = _project(config, weights, x, angles)
+            else:
+                q, k, v, lent = _project_shared(config, weights, x, angles, shared, turn, lent)
+            attention = lambda: attend(index, layer, cache, q, k, v, extra)
+            (x, cache), ok = _layer(config, weights, x, (k, v), attention, reduce or _whole)
+            return (x, cache, lent), ok
 
-        (x, caches[index]), ok = _over_layers(
-            step, (x, caches[index]), (params.runs[index], _layer_ids(run), extra), run.length
+        touched = (index,) if uses is None else uses[index]
+        held = caches[index] if uses is None else tuple(caches[i] for i in touched)
+        inputs = (params.runs[index], _layer_ids(run), extra, _turns(shared))
+        (x, held, given), ok = _over_layers(
+            step, (x, held, None if shared is None else lent), inputs, run.length
         )
+        lent = lent if shared is None else given
+        for i, cache in zip(touched, (held,) if uses is None else held, strict=True):
+            caches[i] = cache
         finite.append(ok)
     hidden = rms_norm(x, params.final_norm, config.norm_eps)
     return hidden, tuple(caches), jnp.concatenate(finite)  # finite [l, 2]
@@ -179,11 +189,12 @@ def _whole(part: str, x: jax.Array) -> jax.Array:
     return x
 
 
-def _layer(config, weights, x, angles, attention, reduce):
+def _layer(config, weights, x, keys_values, attention, reduce):
     """One transformer block: x [b, t, D] -> x, with the cache and finite flags [2]."""
-    q, k, v = _project(config, weights, x, angles)
-    finite = jnp.stack([jnp.isfinite(k).all(), jnp.isfinite(v).all()])
-    out, cache = attention(q, k, v)
+    finite = jnp.stack([jnp.isfinite(a).all() for a in keys_values])
+    out, cache = attention()
+    if config.latent is not None:
+        out = mla.outputs(config, weights, out)
     out = out.reshape(*x.shape[:2], -1).astype(x.dtype)  # [b, t, h*g*d]
     out = reduce("heads", out @ weights.wo)  # [b, t, D]
     if config.post_norms:
@@ -197,20 +208,71 @@ def _layer(config, weights, x, angles, attention, reduce):
 
 def _project(config, weights, x, angles):
     """q [b, t, h, g, d] times the attention scale, k and v [b, t, h, d]; q and k rotated."""
-    b, t, _ = x.shape
-    h, g, d = config.kv_heads, config.q_per_kv, config.head_dim
     x = rms_norm(x, weights.attn_norm, config.norm_eps)
-    q, k, v = x @ weights.wq, x @ weights.wk, x @ weights.wv
+    return _queries(config, weights, x, angles), *_keys_values(config, weights, x, angles)
+
+
+def _queries(config, weights, x, angles):
+    """x [b, t, D] after its norm -> q [b, t, h, g, d], rotated, times the attention scale."""
+    if config.latent is not None:
+        return mla.queries(config, weights, x, angles)
+    q = x @ weights.wq
     if config.qkv_bias:
-        q, k, v = q + weights.bq, k + weights.bk, v + weights.bv
-    q, k, v = q.reshape(b, t, h, g, d), k.reshape(b, t, h, d), v.reshape(b, t, h, d)
+        q = q + weights.bq
+    q = q.reshape(*x.shape[:2], config.kv_heads, config.q_per_kv, config.head_dim)
     if config.qk_norm:
         q = rms_norm(q, weights.q_norm, config.norm_eps)
+    cos, sin = (a[:, :, None, None] for a in angles)  # [b, t, 1, 1, d/2]
+    return (apply_rope(q, cos, sin) * config.attention_scale).astype(x.dtype)
+
+
+def _keys_values(config, weights, x, angles):
+    """x [b, t, D] after its norm -> k and v [b, t, h, d], k rotated."""
+    if config.latent is not None:
+        return mla.keys_values(config, weights, x, angles)
+    k, v = x @ weights.wk, x @ weights.wv
+    if config.qkv_bias:
+        k, v = k + weights.bk, v + weights.bv
+    k, v = (a.reshape(*x.shape[:2], config.kv_heads, config.head_dim) for a in (k, v))
+    if config.qk_norm:
         k = rms_norm(k, weights.k_norm, config.norm_eps)
     cos, sin = (a[:, :, None] for a in angles)  # [b, t, 1, d/2]
-    k = apply_rope(k, cos, sin)
-    q = apply_rope(q, cos[:, :, None], sin[:, :, None]) * config.attention_scale
-    return q.astype(x.dtype), k.astype(x.dtype), v
+    return apply_rope(k, cos, sin).astype(x.dtype), v
+
+
+def _project_shared(config, weights, x, angles, shared: Lending, turn, lent):
+    """`_project` where layers borrow; lent: keys and values [n, b, t, h, d] of the owners in use.
+
+    Where owners and borrowers take turns in a scan, a branch chooses: a borrower's is free.
+    """
+    owns, slot = turn
+    x = rms_norm(x, weights.attn_norm, config.norm_eps)
+    q = _queries(config, weights, x, angles)
+    own = lambda: tuple(a.astype(x.dtype) for a in _keys_values(config, weights, x, angles))
+    borrowed = lambda: tuple(a[slot] for a in lent)
+    if not shared.alike:
+        k, v = lax.cond(owns, own, borrowed)
+    else:
+        k, v = own() if shared.owns[0] else borrowed()
+    if any(shared.owns):  # a borrower puts back what it took
+        put = lambda a, new: lax.dynamic_update_index_in_dim(a, new, slot, 0)
+        lent = tuple(map(put, lent, (k, v)))
+    return q, k, v, lent
+
+
+def _room_to_lend(config, x):
+    """Zeros [n, b, t, h, d] for keys and for values, n owners in use at a time."""
+    n = lending_slots(config.owners)
+    shape = (n, *x.shape[:2], config.kv_heads, config.head_dim)
+    return (jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)) if n else None
+
+
+def _turns(shared: Lending | None):
+    """Per layer of a run: whether it owns (where not all do alike), and its slot."""
+    if shared is None:
+        return None
+    owns = None if shared.alike else jnp.asarray(shared.owns)
+    return owns, jnp.asarray(shared.slots, jnp.int32)
 
 
 def _mlp(config, weights, x):

@@ -11,17 +11,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from kvjax.core.errors import InputError, known
+from kvjax.models import hf_latent
 from kvjax.models.config import ModelConfig
 from kvjax.models.hf_config import from_hf
 
 _DTYPES = ("F32", "F16", "BF16")
 
-_TOP = {
+TOP_NAMES = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
-_LAYER = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm.weight",
     "wq": "self_attn.q_proj.weight",
     "wk": "self_attn.k_proj.weight",
@@ -38,7 +39,7 @@ _LAYER = {
     "w_down": "mlp.down_proj.weight",
 }
 _GEMMA_LAYER = {
-    **_LAYER,
+    **LAYER_NAMES,
     "post_attn_norm": "post_attention_layernorm.weight",
     "mlp_norm": "pre_feedforward_layernorm.weight",
     "post_mlp_norm": "post_feedforward_layernorm.weight",
@@ -55,8 +56,14 @@ class HFFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         config_path = self.path / "config.json"
-        self.config = from_hf(read_json(config_path), self.path.name, str(config_path))
+        data = read_json(config_path)
+        self.config = from_hf(data, self.path.name, str(config_path))
         self.norm_offset = self.config.arch == "gemma3"
+        self._layer = _GEMMA_LAYER if self.norm_offset else LAYER_NAMES
+        self._latent = self.config.latent
+        if self._latent is not None:
+            self._layer = {**LAYER_NAMES, **hf_latent.names(self._latent)}
+            self._pairs = bool(data.get("rope_interleave", True))
         files = sorted(self.path.glob("*.safetensors"))
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
@@ -77,20 +84,25 @@ class HFFolder:
     def names(self) -> set[str]:
         skip = ("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector.")
         names = {n for n in self._tensors if not any(s in n for s in skip)}
-        return names - {_TOP["head"]} if self.config.tie_embeddings else names
+        if self._latent is not None:
+            names = {part for n in names for part in hf_latent.parts_of(self._latent, n)}
+        return names - {TOP_NAMES["head"]} if self.config.tie_embeddings else names
 
     def name_of(self, leaf: str, layer: int | None = None) -> str:
         if layer is None:
-            return _TOP[leaf]
-        return f"model.layers.{layer}.{(_GEMMA_LAYER if self.norm_offset else _LAYER)[leaf]}"
+            return TOP_NAMES[leaf]
+        return f"model.layers.{layer}.{self._layer[leaf]}"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        handle, key, _ = self._tensors[name]
-        return tuple(handle.get_slice(key).get_shape())
+        handle, key, _ = self._tensors[hf_latent.tensor_of(name)]
+        shape = tuple(handle.get_slice(key).get_shape())
+        if self._latent is None:
+            return shape
+        return hf_latent.part_rows(self.config, name, shape[0]), *shape[1:]
 
     def leaf(self, config: ModelConfig, leaf: str, name: str) -> np.ndarray:
         """The tensor in its own dtype, matrices [out, in]."""
-        handle, key, file = self._tensors[name]
+        handle, key, file = self._tensors[hf_latent.tensor_of(name)]
         dtype = handle.get_slice(key).get_dtype()
         if dtype not in _DTYPES:
             raise InputError(
@@ -99,7 +111,10 @@ class HFFolder:
                 expected=known(_DTYPES),
                 fix="save the model unquantized",
             )
-        return handle.get_tensor(key)
+        tensor = handle.get_tensor(key)
+        if self._latent is None:
+            return tensor
+        return hf_latent.read_part(config, leaf, name, tensor, self._pairs)
 
 
 def _shards(index: Path) -> list[Path]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvjax.core.errors import InputError, known
+from kvjax.models import hf_latent
 from kvjax.models.config import ModelConfig, RopeScaling, periodic_windows
+from kvjax.models.layer_map import last_shared
 
 _MODEL_TYPES = {
     "llama": "llama",
@@ -14,6 +16,9 @@ _MODEL_TYPES = {
     "qwen3": "qwen3",
     "gemma3_text": "gemma3",
     "gemma3": "gemma3",
+    "deepseek_v2": "mla",
+    "deepseek_v3": "mla",
+    "kvjax_mla": "mla",
 }
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # What Gemma 3's published configs leave to the library's defaults.
@@ -95,9 +100,15 @@ def from_hf(data: Mapping[str, Any], name: str = "", what: str = "config.json") 
     layers, width, heads = (
         c.integer(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
-    head_dim = c.integer("head_dim", width // heads)
+    latent = hf_latent.read_config(c) if _MODEL_TYPES[kind] == "mla" else None
+    head_dim = c.integer("head_dim", width // heads) if latent is None else latent.width
+    scale = (c.number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5
+    if latent is not None:
+        scale = c.number("attention_scale", hf_latent.default_scale(c, latent))
     theta, theta_local, scaling = _rope(c, gemma)
     eos = c.get("eos_token_id", ())
+    windows = _windows(c, kind, layers)
+    shared = c.integer("num_kv_shared_layers") if c.get("num_kv_shared_layers") else 0
     return ModelConfig(
         name=name or f"{kind} {layers} layers",
         arch=_MODEL_TYPES[kind],
@@ -106,9 +117,9 @@ def from_hf(data: Mapping[str, Any], name: str = "", what: str = "config.json") 
         d_model=width,
         d_ff=c.integer("intermediate_size"),
         q_heads=heads,
-        kv_heads=c.integer("num_key_value_heads", heads),
+        kv_heads=c.integer("num_key_value_heads", heads) if latent is None else 1,
         head_dim=head_dim,
-        attention_scale=(c.number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
+        attention_scale=scale,
         norm_eps=c.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_theta_local=theta_local,
@@ -120,7 +131,9 @@ def from_hf(data: Mapping[str, Any], name: str = "", what: str = "config.json") 
         activation=_activation(c, gemma),
         embed_scale=width**0.5 if gemma else 1.0,
         post_norms=gemma,
-        windows=_windows(c, kind, layers),
+        windows=windows,
+        latent=latent,
+        layer_map=last_shared(windows or (None,) * layers, shared) if shared else (),
         bos_id=c.get("bos_token_id"),
         eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
     )
@@ -169,6 +182,10 @@ def _scaling(c: _Section, data: Mapping[str, Any]) -> RopeScaling | None:
     s = _Section(data, f"rope scaling of {c.what}")
     if kind == "linear":
         return RopeScaling("linear", factor=float(s.number("factor")))
+    if kind == "table":
+        return RopeScaling("table", table=tuple(s.get("table", ())))
+    if kind == "yarn" and "kv_lora_rank" in c.data:
+        return hf_latent.yarn(c, s)
     if kind != "llama3":
         raise c.error("rope_type", repr(kind), "default, linear or llama3")
     return RopeScaling(

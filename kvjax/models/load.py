@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from kvjax.core.errors import InputError, known
-from kvjax.models import hub
+from kvjax.models import hub, mla
 from kvjax.models.config import ModelConfig, Run, layer_runs
 from kvjax.models.decoder import Layers, Params
 from kvjax.models.gguf_config import from_gguf
@@ -139,6 +139,8 @@ def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, F, d = config.d_model, config.d_ff, config.head_dim
     q, kv = config.q_heads * d, config.kv_heads * d
     shapes = {"attn_norm": (D,), "wq": (q, D), "wk": (kv, D), "wv": (kv, D), "wo": (D, q)}
+    if config.latent is not None:
+        shapes = {"attn_norm": (D,), **mla.attention_shapes(config)}
     shapes |= {"mlp_norm": (D,), "w_gate": (F, D), "w_up": (F, D), "w_down": (D, F)}
     if config.qkv_bias:
         shapes |= {"bq": (q,), "bk": (kv,), "bv": (kv,)}
