@@ -93,7 +93,7 @@ def attend_rows(
         method, v = dataclasses.replace(method, value=view.through(method.key)), k
     at = at[:, None]  # [b, 1, s]
     unpacked = (at < layout.sink) | (at >= boundary[..., None])
-    mask = unpacked & (at >= 0) & _in_reach(at, position[..., None], cache.window)  # [b, r, s]
+    mask = unpacked & (at >= 0) & in_reach(at, position[..., None], cache.window)  # [b, r, s]
     if kernel is None:
         packed = _packed(method, cache, q, layer, position, boundary)
     else:
@@ -122,7 +122,7 @@ def _packed(method, cache, q, layer, position, boundary) -> Partial:
     def visible(positions):  # [b, 1, c, p] -> [b, 1, c, r, p]
         at = positions[..., None, :]
         row, edge = (a[:, None, None, :, None] for a in (position, boundary))
-        return (at >= 0) & (at < edge) & _in_reach(at, row, cache.window)
+        return (at >= 0) & (at < edge) & in_reach(at, row, cache.window)
 
     chunks = -(-pages_here(cache, layer) // count)
     return page_scan(method.key, method.value, read, chunks, q, visible)
@@ -143,6 +143,6 @@ def _packed_kernel(method, cache, q, layer, position, kernel: str) -> Partial:
     )
 
 
-def _in_reach(at: Array, row: Array, window: int | None) -> Array:
+def in_reach(at: Array, row: Array, window: int | None) -> Array:
     seen = at <= row
     return seen if window is None else seen & (row - at < window)

@@ -151,11 +151,11 @@ def decode_layers(
             x, cache, lent = carry
             weights, layer, extra, turn = inputs
             if shared is None:
-                q, k, v = _project(config, weights, x, angles)
+                q, k, v = project(config, weights, x, angles)
             else:
                 q, k, v, lent = _project_shared(config, weights, x, angles, shared, turn, lent)
             attention = lambda: attend(index, layer, cache, q, k, v, extra)
-            (x, cache), ok = _layer(config, weights, x, (k, v), attention, reduce or _whole)
+            (x, cache), ok = layer_block(config, weights, x, (k, v), attention, reduce or whole)
             return (x, cache, lent), ok
 
         touched = (index,) if uses is None else uses[index]
@@ -184,12 +184,12 @@ def _over_layers(step, carry, inputs, length: int):
     return carry, out[None]
 
 
-def _whole(part: str, x: jax.Array) -> jax.Array:
+def whole(part: str, x: jax.Array) -> jax.Array:
     del part
     return x
 
 
-def _layer(config, weights, x, keys_values, attention, reduce):
+def layer_block(config, weights, x, keys_values, attention, reduce):
     """One transformer block: x [b, t, D] -> x, with the cache and finite flags [2]."""
     finite = jnp.stack([jnp.isfinite(a).all() for a in keys_values])
     out, cache = attention()
@@ -206,7 +206,7 @@ def _layer(config, weights, x, keys_values, attention, reduce):
     return (x + out, cache), finite
 
 
-def _project(config, weights, x, angles):
+def project(config, weights, x, angles):
     """q [b, t, h, g, d] times the attention scale, k and v [b, t, h, d]; q and k rotated."""
     x = rms_norm(x, weights.attn_norm, config.norm_eps)
     return _queries(config, weights, x, angles), *_keys_values(config, weights, x, angles)
@@ -241,7 +241,7 @@ def _keys_values(config, weights, x, angles):
 
 
 def _project_shared(config, weights, x, angles, shared: Lending, turn, lent):
-    """`_project` where layers borrow; lent: keys and values [n, b, t, h, d] of the owners in use.
+    """`project` where layers borrow; lent: keys and values [n, b, t, h, d] of the owners in use.
 
     Where owners and borrowers take turns in a scan, a branch chooses: a borrower's is free.
     """

@@ -17,8 +17,9 @@ CALIBRATE = METHODS | MODELS | {"kvjax.calibrate"}
 GENERATE = CACHE | MODELS | {"kvjax.parallel", "kvjax.generate"}
 CHECKPOINT = CACHE | MODELS | {"kvjax.parallel", "kvjax.checkpoint"}
 TRAIN = GENERATE | METHODS | {"kvjax.checkpoint", "kvjax.train"}
+SELECT = GENERATE | {"kvjax.checkpoint", "kvjax.select"}
 EPISODES = GENERATE | {"kvjax.policies", "kvjax.episodes", "kvjax.checkpoint"}
-EVALS = EPISODES | CALIBRATE | TRAIN | {"kvjax.evals", "kvjax"}
+EVALS = SELECT | EPISODES | CALIBRATE | TRAIN | {"kvjax.evals", "kvjax"}
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels"},
     "kvjax/core": CORE,
@@ -34,6 +35,7 @@ ALLOWED = {
     "kvjax/checkpoint": CHECKPOINT,
     "kvjax/generate": GENERATE | {"kvjax.checkpoint"},
     "kvjax/train": TRAIN,
+    "kvjax/select": SELECT,
     "kvjax/episodes": EPISODES,
     "kvjax/evals": EVALS,
     "kvjax/cli": EVALS | {"kvjax.cli"},

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = {
     "fidelity_map": ("smollm2-135m", {"metrics.json", "metrics.jsonl", "pareto.png"}),
     "distortion": (None, {"metrics.json", "gap.png", "config.json"}),
+    "selection": (None, {"metrics.json", "metrics.jsonl", "table.txt", "stamp.json"}),
     "vector_search": (None, {"metrics.json", "table.md", "stamp.json", "config.json"}),
 }
 
