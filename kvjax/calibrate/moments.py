@@ -138,7 +138,7 @@ def measure_moments(
     )
 
 
-def _sum_pass(params, config: ModelConfig, tokens: Array, layer_sums, centres=None):
+def sum_pass(params, config: ModelConfig, tokens: Array, layer_sums, centres=None):
     """Sums per layer of `layer_sums(q, k, v, out, pre, centre)`, as `[layers, ...]` arrays."""
     runs = layer_runs(config)
     positions = jnp.arange(tokens.shape[0])[None]
@@ -187,7 +187,7 @@ def _means(params: Params, config: ModelConfig, tokens: Array) -> dict[str, Arra
             "value_scales": token_scales(v[SKIP:]).sum(0),
         }
 
-    return _sum_pass(params, config, tokens, layer_sums)
+    return sum_pass(params, config, tokens, layer_sums)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -217,7 +217,7 @@ def _products(params: Params, config: ModelConfig, tokens: Array, centres) -> di
             "value_scales": spread(v, "value_scales"),
         }
 
-    return _sum_pass(params, config, tokens, layer_sums, centres)
+    return sum_pass(params, config, tokens, layer_sums, centres)
 
 
 def _out_gram(params: Params, config: ModelConfig) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 
 from kvjax.calibrate.hybrid import klt
+from kvjax.calibrate.low_rank_file import load_low_rank
 from kvjax.calibrate.moments import Moments
 from kvjax.calibrate.oscar import oscar_rotation, pooled, transform
 from kvjax.calibrate.rungs import RUNGS
@@ -17,6 +18,7 @@ from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
 from kvjax.core.rng import fold
+from kvjax.methods.latent import latent_method
 from kvjax.methods.names import RECIPES, get, recipes
 from kvjax.methods.oscar import Variant, oscar
 from kvjax.models.config import ModelConfig
@@ -25,6 +27,7 @@ Target = Literal["paper", "code"]
 Calibrated = Callable[[Moments, jax.Array], tuple[Method, ...]]  # one per layer
 
 TUNED = "tuned:"  # before the path of what `kvjax tune` wrote
+LOWRANK = "lowrank:"  # before that of what `kvjax lowrank` wrote
 
 
 def _klt(bits: int, **options) -> Calibrated:
@@ -100,11 +103,29 @@ def get_for_model(
 ) -> Method | tuple[Method, ...]:
     """Any method by name, calibrated or not, as `make_plan` takes it.
 
-    `tuned:FILE` is the method that `kvjax tune` wrote into FILE, or into that folder.
+    Of a model with latent attention the latent is coded, and what is rotary kept in bf16; of
+    `LATENT/ROTARY` the second name codes that (see `latent_method`).
+
+    `tuned:FILE` is the method that `kvjax tune` wrote into FILE, or into that folder, and
+    `lowrank:FILE` what `kvjax lowrank` wrote, which needs no moments.
 
     Raises:
-      InputError: an unknown name, a calibrated one without moments, or a file of other moments.
+      InputError: an unknown name, a calibrated one without moments, or a file of other moments or
+        of another model.
     """
+    if config.latent is not None:
+        if name.startswith((LOWRANK, TUNED)) or name in CALIBRATED:
+            raise InputError(
+                "method",
+                got=f"{name}, which is fitted to keys and values, for {config.name}",
+                expected="a recipe for its latent, or LATENT/ROTARY to code both parts",
+                fix="name one of those that need no calibration",
+            )
+        return latent_method(name, config.latent.rank, config.head_dim, layout=layout, seed=seed)
+    if name.startswith(LOWRANK):
+        fitted, _ = load_low_rank(name.removeprefix(LOWRANK), config)
+        layout = layout or Layout()
+        return tuple(dataclasses.replace(m, layout=layout, name=name) for m in fitted)
     if name not in CALIBRATED and not name.startswith(TUNED):
         return get(name, config.head_dim, layout=layout, seed=seed)
     if moments is None:
@@ -121,15 +142,31 @@ def get_for_model(
     return tuple(dataclasses.replace(method, name=name) for method in methods)
 
 
+def fitted_on(name: str, config: ModelConfig, moments: Moments | None = None) -> str | None:
+    """The text that the file behind a `tuned:` or `lowrank:` name was fitted to, None for other
+    names.
+
+    Raises:
+      InputError: as `get_for_model`, for these names.
+    """
+    if name.startswith(LOWRANK):
+        return load_low_rank(name.removeprefix(LOWRANK), config)[1].text
+    if name.startswith(TUNED) and moments is not None:
+        return load_tuned(name.removeprefix(TUNED), config, moments)[1].text
+    return None
+
+
 def check_name(name: str, calibration: object) -> None:
     """Raises `InputError` for an unknown name, or a calibrated one where `calibration` is None."""
+    if name.startswith(LOWRANK):
+        return
     calibrated = name in CALIBRATED or name.startswith(TUNED)
     parts = set(name.split("/"))
     if not calibrated and not parts <= set(RECIPES):
         raise InputError(
             "method",
             got=repr(name),
-            expected=known([*RECIPES, *CALIBRATED, f"{TUNED}FILE"]),
+            expected=known([*RECIPES, *CALIBRATED, f"{TUNED}FILE", f"{LOWRANK}FILE"]),
             fix="use one of these names, or KEYS/VALUES to mix two that need no calibration",
         )
     if not calibrated:

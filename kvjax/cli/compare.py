@@ -54,7 +54,7 @@ def add(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from kvjax.calibrate.artefact import load_moments
-    from kvjax.calibrate.names import check_name
+    from kvjax.calibrate.names import check_name, fitted_on
     from kvjax.evals.compare import Settings, compare
     from kvjax.evals.report import write_report
     from kvjax.evals.stamp import make_stamp
@@ -87,15 +87,18 @@ def run(args: argparse.Namespace) -> int:
             moments, made = load_moments(args.calibration, model.config, model.params)
             settings = dataclasses.replace(settings, calibration=moments)
             options.warn_reach(made.reach, settings.context)
-            seen = {"calibration": made.text, **_tuned_on(names, model.config, moments)}
-            for what, of in seen.items():
-                if same_text(of, text_name):
-                    raise InputError(
-                        "--text",
-                        got=f"the text of the {what}, {of}",
-                        expected="another text",
-                        fix="test on a text that played no part",
-                    )
+        seen = {"calibration": None if args.calibration is None else made.text}
+        seen |= {
+            f"fit of {name}": fitted_on(name, model.config, settings.calibration) for name in names
+        }
+        for what, of in seen.items():
+            if of is not None and same_text(of, text_name):
+                raise InputError(
+                    "--text",
+                    got=f"the text of the {what}, {of}",
+                    expected="another text",
+                    fix="test on a text that played no part",
+                )
         result = compare(model, text, settings, report)
     command = "kvjax " + shlex.join(sys.argv[1:])
     metrics = {
@@ -111,15 +114,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{sample['method']:>14}: ... {sample['prompt'][-40:]} | {sample['text']}")
     print(f"wrote {folder / 'metrics.json'}, report.html, pareto.png")
     return 0
-
-
-def _tuned_on(names, config, moments) -> dict[str, str]:
-    """The texts that tuned methods among `names` have seen."""
-    from kvjax.calibrate.names import TUNED
-    from kvjax.calibrate.tuned_file import load_tuned
-
-    load = lambda name: load_tuned(name.removeprefix(TUNED), config, moments)[1].text
-    return {f"tuning of {name}": load(name) for name in names if name.startswith(TUNED)}
 
 
 def write_json(path, data) -> None:

@@ -88,17 +88,23 @@ def _method(
     layout: Layout,
 ) -> Method | tuple[Method, ...]:
     """As `get_for_model`, without a model too where a name needs none."""
-    from kvjax.calibrate.names import CALIBRATED, TUNED, get_calibrated, get_for_model
+    from kvjax.calibrate.names import (
+        CALIBRATED,
+        LOWRANK,
+        TUNED,
+        get_calibrated,
+        get_for_model,
+    )
     from kvjax.methods import get
 
     if config is not None:
         return get_for_model(name, config, moments, layout=layout)
-    if name.startswith(TUNED):
+    if name.startswith((TUNED, LOWRANK)):
         raise InputError(
             f"method {name}",
             got="no --model",
-            expected="the model that it was tuned for",
-            fix="name it: tuned methods are checked against their model",
+            expected="the model that it was fitted to",
+            fix="name it: fitted methods are checked against their model",
         )
     if moments is not None and name in CALIBRATED:
         return get_calibrated(name, moments, layout=layout)

@@ -12,6 +12,8 @@ COMMANDS = (
     "compare",
     "calibrate",
     "tune",
+    "lowrank",
+    "mla",
     "limits",
     "distortion",
     "generate",

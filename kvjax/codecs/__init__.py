@@ -14,15 +14,18 @@ from kvjax.codecs.polar import Polar
 from kvjax.codecs.polar_pairs import PolarPairs
 from kvjax.codecs.qjl import QJL
 from kvjax.codecs.residual import Residual
+from kvjax.codecs.rotary import Rotary
 from kvjax.codecs.rotary_mean import RotaryMean
 from kvjax.codecs.sparse import Sparse
 from kvjax.codecs.split import Outliers, Split
 from kvjax.codecs.straight_through import straight_through
+from kvjax.codecs.subspace import Subspace
 from kvjax.codecs.tiers import Dropped, Tiers
 from kvjax.codecs.token_scale import TokenScale
 from kvjax.codecs.transforms import Hadamard, Matrix, Orthogonal, Transform
 from kvjax.codecs.trellis import Trellis
 from kvjax.codecs.uniform import Uniform
+from kvjax.codecs.view import View, latent
 
 __all__ = [
     "E8",
@@ -44,15 +47,19 @@ __all__ = [
     "Polar",
     "PolarPairs",
     "Residual",
+    "Rotary",
     "RotaryMean",
     "Sparse",
     "Split",
+    "Subspace",
     "Tiers",
     "TokenScale",
     "Transform",
     "Trellis",
     "Uniform",
+    "View",
     "distortion",
+    "latent",
     "lloyd_max",
     "rotated",
     "straight_through",

@@ -14,6 +14,7 @@ import numpy as np
 from kvjax.cache import Cache, init
 from kvjax.cache.pack_kept import pack, packed_region, pages_for
 from kvjax.cache.working_set import WorkingSet, evict, init_working_set
+from kvjax.codecs.subspace import most_group_heads
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.generate.inputs import pad_rows, token_counts
@@ -109,6 +110,15 @@ def start_working(plan: Plan, eviction: Eviction, *, batch: int, dtype=jnp.bfloa
             expected="a model with keys and values",
             fix="use a method without a policy",
         )
+    for method in plan.methods:
+        together = max(most_group_heads(method.key), most_group_heads(method.value))
+        if together > 1:
+            raise InputError(
+                "eviction",
+                got=f"{method.name}, in which {together} heads share coordinates",
+                expected="heads that may keep different tokens",
+                fix="fit it with --group-heads 1, or use another method",
+            )
     if plan.config.layer_map:
         _check_readers(eviction.policy)
     eviction.check(len(full_layers(plan)), layout)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from kvjax.cache.kept import Kept
 from kvjax.cache.state import Cache, pool_part
 from kvjax.cache.working_set import WorkingSet
+from kvjax.codecs.subspace import most_group_heads
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.models.config import ModelConfig
@@ -117,6 +118,15 @@ class ShardingRules:
                     got=f"lengths of tokens over all heads, and {self.heads} devices of heads",
                     expected="codecs of one head",
                     fix="make the axis heads 1",
+                )
+            group = max(most_group_heads(method.key), most_group_heads(method.value))
+            own = config.kv_heads // self.heads
+            if self.heads > 1 and group > 1 and (self.copies(config) > 1 or own % group):
+                raise InputError(
+                    method.name,
+                    got=f"{group} heads that share coordinates, and {own} of them on a device",
+                    expected="whole groups on every device",
+                    fix="make the axis heads smaller, or fit it with smaller groups",
                 )
             if method.layout.pool is not None:
                 pool_part(method.layout.pool, self.data, self.sequence)

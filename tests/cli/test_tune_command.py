@@ -66,7 +66,7 @@ def test_a_name_takes_what_tune_wrote(place, tmp_path, capsys):
     argv = ["compare", "--model", place / "model", "--calibration", place / "moments"]
     argv += ["--methods", name, "--out", tmp_path / "compare", "--text"]
     assert "the text of the calibration, one" in fails(main, capsys, *argv, place / "one.txt")
-    seen = f"the text of the tuning of {name}, other.txt"
+    seen = f"the text of the fit of {name}, other.txt"
     assert seen in fails(main, capsys, *argv, place / "other.txt")
 
 

@@ -1,0 +1,140 @@
+"""Low-rank methods on disk: the codecs of every layer, and where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from kvjax.calibrate.low_rank import ranks_of, subspace
+from kvjax.codecs.serialize import dump, restore
+from kvjax.core.codec import Codec
+from kvjax.core.errors import InputError
+from kvjax.core.method import Method
+from kvjax.models.config import ModelConfig
+
+FORMAT, VERSION, FILE = "kvjax.calibrate.LowRank", "1", "lowrank.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankFrom:
+    """Where low-rank methods come from.
+
+    Attributes:
+      model: its name. weights: its `fingerprint`. text: its name and hash. kvjax: the version.
+      tokens: whose moments were taken. context: tokens per window. gradients: tokens that the
+        Fisher information saw, 0 for none.
+      settings: the fields of `LowRankSettings`.
+    """
+
+    model: str
+    weights: str
+    text: str
+    kvjax: str
+    tokens: int
+    context: int
+    gradients: int
+    settings: dict[str, Any]
+
+
+def save_low_rank(
+    methods: tuple[Method, ...], folder: str | os.PathLike, made: LowRankFrom
+) -> Path:
+    """Writes `lowrank.safetensors` into `folder`: whole or not at all, and without a date.
+
+    Raises:
+      InputError: a folder that cannot be written, or methods of another kind.
+    """
+    ranks_of(methods)
+    specs, tensors = [], {}
+    for layer, method in enumerate(methods):
+        own = {}
+        for side in ("key", "value"):
+            own[side], arrays = dump(getattr(method, side))
+            for place, a in arrays.items():
+                tensors[f"{layer}.{side}.{place}"] = np.ascontiguousarray(a)
+        specs.append(own)
+    facts = {
+        "format": FORMAT,
+        "version": VERSION,
+        "provenance": dataclasses.asdict(made),
+        "layers": specs,
+    }
+    path = Path(folder).expanduser() / FILE
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"kvjax": json.dumps(facts, sort_keys=True)})
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            str(path),
+            got=error.strerror or str(error),
+            expected="a folder to write",
+            fix="choose another",
+        ) from error
+    return path
+
+
+def load_low_rank(
+    path: str | os.PathLike, config: ModelConfig
+) -> tuple[tuple[Method, ...], LowRankFrom]:
+    """What `save_low_rank` wrote; `path` is the file or its folder.
+
+    Raises:
+      InputError: no such file, a damaged one, another version, or another model.
+    """
+    path = Path(path).expanduser()
+    path = path / FILE if path.is_dir() else path
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        with safe_open(path, framework="numpy") as file:
+            facts = json.loads((file.metadata() or {})["kvjax"])
+            if facts["format"] != FORMAT or facts["version"] != VERSION:
+                raise ValueError(f"format {facts['format']}, version {facts['version']}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        made = LowRankFrom(**facts["provenance"])
+        methods = tuple(_method(own, n, tensors) for n, own in enumerate(facts["layers"]))
+        if not all(np.isfinite(a).all() for a in tensors.values() if a.dtype == np.float32):
+            raise ValueError("numbers that are not finite")
+        ranks_of(methods)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            str(path),
+            got=" ".join(str(error).split())[:200] or type(error).__name__,
+            expected="what `kvjax lowrank` wrote",
+            fix="run it again",
+        ) from error
+    _check_origin(path, methods, made, config)
+    return methods, made
+
+
+def _method(own: dict[str, Any], layer: int, tensors: dict[str, np.ndarray]) -> Method:
+    def codec(side: str) -> Codec:
+        start = f"{layer}.{side}."
+        mine = (name for name in tensors if name.startswith(start))
+        return restore(own[side], {name.removeprefix(start): tensors[name] for name in mine})
+
+    return Method(codec("key"), codec("value"))
+
+
+def _check_origin(
+    path: Path, methods: tuple[Method, ...], made: LowRankFrom, config: ModelConfig
+) -> None:
+    maps = [subspace(codec).down for m in methods for codec in (m.key, m.value)]
+    found = {(len(methods), *(a.shape[0], a.shape[-2])) for a in maps if a.ndim == 4}
+    want = (config.layers, config.kv_heads, config.head_dim)
+    if made.model != config.name or found != {want}:
+        raise InputError(
+            str(path),
+            got=f"subspaces for {made.model}, {sorted(found)}",
+            expected=f"{config.name}, {want}: layers, KV heads and channels",
+            fix=f"run `kvjax lowrank --model {config.name}`",
+        )
