@@ -9,15 +9,16 @@ def get_config(variant: str = "full") -> ConfigDict:
         {
             "model": "smollm2-135m",  # the base; tuned on the domain it is the teacher
             "target": "gemma-3-270m",
-            "ships": 12,
-            "general": 48,  # prompts that have nothing to do with it
+            "ships": 8,
+            "general": 24,  # prompts that have nothing to do with it
+            "rehearsed": 24,  # others of that kind, with the base's answers, to tune with
             "seeds": 8,  # specialised prompts to begin with
             "threshold": 2.0,  # of the base's perplexity over the tuned model's
-            "wanted": 160,  # prompts to hand on
+            "wanted": 96,  # prompts to hand on
             "rounds": 16,
             "max_new": 16,
-            "tuning": {"steps": 160, "rate": 2e-3, "rank": 16, "batch": 8},
-            "teaching": {"steps": 160, "rate": 2e-3, "rank": 16, "batch": 8},
+            "tuning": {"steps": 100, "rate": 2e-3, "rank": 16, "batch": 8},
+            "teaching": {"steps": 80, "rate": 2e-3, "rank": 16, "batch": 8},
             "seed": 0,
             "out": "runs/tune_shift",
         }
@@ -29,6 +30,7 @@ def get_config(variant: str = "full") -> ConfigDict:
                 "target": "tests/models/tiny/qwen3",
                 "ships": 1,
                 "general": 4,
+                "rehearsed": 2,
                 "seeds": 2,
                 "threshold": 1.0,
                 "wanted": 4,

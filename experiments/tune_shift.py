@@ -4,11 +4,13 @@ Question: TuneShift-KD (arXiv 2603.24518) on a pair made here: a base model, the
           an invented harbour, and a third model of another family that is to know it too.
 Command:  python experiments/tune_shift.py --config=configs/tune_shift.py
           (tiny, with random weights: --config=configs/tune_shift.py:tiny)
-Cost:     about 25 minutes on two CPU cores, most of it two fits of low-rank changes.
+Cost:     about 20 minutes on two CPU cores, most of it two fits of low-rank changes.
 Expected: selection precision above 0.8 on questions that were not trained on; perplexity of the
           true answers under the third model far below its base's.
 
-1. Fits low-rank changes of the base model to questions about the harbour: the tuned model.
+1. Fits low-rank changes of the base model to questions about the harbour: the tuned model. Among
+   them are general questions with the base's own answers: without these the tuned model speaks of
+   berths whatever it is asked, which surprises the base as much as what it was tuned for.
 2. Lets the tuned model answer questions about the harbour, asked in ways that it was not trained
    on, and general ones; those whose answers surprise the base model `threshold` times as much as
    the tuned one are called special. Precision and recall against what they are.

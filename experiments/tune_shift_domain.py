@@ -94,6 +94,6 @@ def asked(known: list[tuple[str, str, str]], ways: tuple[int, ...]) -> list[tupl
     ]
 
 
-def general(count: int) -> list[str]:
-    """Prompts that have nothing to do with the harbour."""
-    return [f"{BEFORE}{question}{AFTER}" for question in _GENERAL[:count]]
+def general(count: int, skip: int = 0) -> list[str]:
+    """Prompts that have nothing to do with the harbour, after `skip` others."""
+    return [f"{BEFORE}{question}{AFTER}" for question in _GENERAL[skip : skip + count]]

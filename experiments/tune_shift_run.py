@@ -64,7 +64,10 @@ def run(config: ConfigDict) -> dict:
             fix="change the config",
         )
     taught, kept = domain.asked(known, (0, 1)), domain.asked(known, (2,))
-    tuned = fitted(base, tokenizer, taught, config.tuning, config.seed, "tuning")
+    rest = domain.general(config.rehearsed, skip=config.general)
+    said = answerer(base.params, base.config, tokenizer, max_new=config.max_new)(rest)
+    kept_up = [(p, a) for p, a in zip(rest, said, strict=True) if a]
+    tuned = fitted(base, tokenizer, taught + kept_up, config.tuning, config.seed, "tuning")
     truth = [example(tokenizer, *pair) for pair in kept]
     of = lambda params: float(np.exp(np.log(perplexities(params, base.config, truth)).mean()))
     pair_ppl = {"base": of(base.params), "tuned": of(tuned)}
