@@ -86,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
         if args.calibration is not None:
             moments, made = load_moments(args.calibration, model.config, model.params)
             settings = dataclasses.replace(settings, calibration=moments)
-            options.warn_reach(made.reach, settings.context)
         seen = {"calibration": None if args.calibration is None else made.text}
         seen |= {
             f"fit of {name}": fitted_on(name, model.config, settings.calibration) for name in names
@@ -99,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
                     expected="another text",
                     fix="test on a text that played no part",
                 )
+        if args.calibration is not None:
+            options.warn_reach(made.reach, settings.context)
         result = compare(model, text, settings, report)
     command = "kvjax " + shlex.join(sys.argv[1:])
     metrics = {
