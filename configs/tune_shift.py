@@ -13,12 +13,13 @@ def get_config(variant: str = "full") -> ConfigDict:
             "general": 24,  # prompts that have nothing to do with it
             "rehearsed": 24,  # others of that kind, with the base's answers, to tune with
             "seeds": 8,  # specialised prompts to begin with
-            "threshold": 2.0,  # of the base's perplexity over the tuned model's
-            "wanted": 96,  # prompts to hand on
-            "rounds": 16,
+            # Of the base's perplexity over the tuned model's; 0 is `Judged.midpoint` of the seeds.
+            "threshold": 0.0,
+            "wanted": 80,  # prompts to hand on
+            "rounds": 8,
             "max_new": 16,
-            "tuning": {"steps": 100, "rate": 2e-3, "rank": 16, "batch": 8},
-            "teaching": {"steps": 80, "rate": 2e-3, "rank": 16, "batch": 8},
+            "tuning": {"steps": 60, "rate": 2e-3, "rank": 16, "batch": 8},
+            "teaching": {"steps": 60, "rate": 2e-3, "rank": 16, "batch": 8},
             "seed": 0,
             "out": "runs/tune_shift",
         }

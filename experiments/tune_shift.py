@@ -13,7 +13,8 @@ Expected: selection precision above 0.8 on questions that were not trained on; p
    berths whatever it is asked, which surprises the base as much as what it was tuned for.
 2. Lets the tuned model answer questions about the harbour, asked in ways that it was not trained
    on, and general ones; those whose answers surprise the base model `threshold` times as much as
-   the tuned one are called special. Precision and recall against what they are.
+   the tuned one are called special; the threshold comes from a few seeds. Precision and recall
+   against what they are.
 3. From a few seeds the tuned model writes more special prompts (`kvjax.train.expand`).
 4. Fits the third model to these prompts and the tuned model's answers; no fact of the domain is
    taken from anywhere else. Its perplexity on the true answers, before and after.

@@ -81,23 +81,24 @@ def run(config: ConfigDict) -> dict:
         answers = answer(prompts)
         return judge(prompts, answers, base.params, tuned, base.config, tokenizer)
 
+    draw = np.random.default_rng(config.seed)
+    first = judged([taught[i][0] for i in draw.choice(len(taught), config.seeds, replace=False)])
+    threshold = config.threshold or first.midpoint()
     special = [prompt for prompt, _ in kept]
     mixed = judged([*special, *domain.general(config.general)])
-    chosen = selection(mixed, set(special), config.threshold)
-    print(f"selection: {chosen}")
+    chosen = selection(mixed, set(special), threshold)
+    print(f"selection above {threshold:.2f}: {chosen}", flush=True)
 
-    draw = np.random.default_rng(config.seed)
-    first = [taught[i][0] for i in draw.choice(len(taught), config.seeds, replace=False)]
     more = expand(
-        judged(first).special(config.threshold),
+        first.special(threshold),
         answerer(tuned, base.config, tokenizer, max_new=32, temperature=0.8, seed=config.seed),
         judged,
         wanted=config.wanted,
-        threshold=config.threshold,
+        threshold=threshold,
         frame=FRAME,
         rounds=config.rounds,
         seed=config.seed,
-        say=print,
+        say=lambda message: print(message, flush=True),
     )
     ships = {ship for ship, _, _ in known}
     about = sum(any(ship in prompt for ship in ships) for prompt in more.prompts)
@@ -109,7 +110,9 @@ def run(config: ConfigDict) -> dict:
     of = lambda params: float(np.exp(np.log(perplexities(params, target.config, truth)).mean()))
     return {
         "pair": pair_ppl,
-        "selection": chosen | {"gaps": mixed.gap.tolist(), "special": len(special)},
+        "selection": chosen
+        | {"threshold": threshold, "special": len(special)}
+        | {"gaps": dict(zip(mixed.prompts, mixed.gap.tolist(), strict=True))},
         "expansion": {"prompts": len(more.prompts), "of_the_domain": about},
         "target": {"before": of(target.params), "after": of(taught_target)},
         "prompts": [

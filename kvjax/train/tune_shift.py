@@ -50,6 +50,15 @@ class Judged:
         pick = lambda texts: tuple(texts[i] for i in keep)
         return Judged(pick(self.prompts), pick(self.answers), self.base[keep], self.tuned[keep])
 
+    def midpoint(self) -> float:
+        """A threshold halfway, in factors, between no gap and the median gap of these prompts.
+
+        For seeds that are known to be special: of what a model was tuned for it has learned the
+        answers, and whatever else tuning did to it makes a smaller difference. Ours; the paper's
+        abstract names no threshold.
+        """
+        return float(np.sqrt(np.median(self.gap)))
+
     def joined(self, other: Judged) -> Judged:
         """These and the others."""
         both = lambda a, b: np.concatenate([a, b])

@@ -101,6 +101,7 @@ def test_what_is_special():
     assert special.answers == ("ab", "ad")
     assert special.joined(special).prompts == ("b", "d", "b", "d")
     assert found.special(9.0).prompts == ()
+    np.testing.assert_allclose(found.midpoint(), np.sqrt(2.25))
     for threshold in (0, -1.0, np.inf, np.nan):
         with pytest.raises(InputError, match="threshold"):
             found.special(threshold)
