@@ -248,11 +248,13 @@ class Bench:
         kl = next_token_kl(self.model.params, self.model.config, *pair)
         means = summary(found.recall.reshape(found.recall.shape[0], -1), kl)
         indexed = chooser is by_index
+        keys = self.model.config.kv_heads * self.model.config.head_dim
+        bounds = 2 * 2 * keys / config.page if chooser is by_page_bounds else 0  # two vectors, bf16
         sizes = sizes_of(
             self.model.config,
             index_heads=config.heads if indexed else 0,
             index_width=config.width if indexed else 0,
-            index_bytes=None if indexed else 0,
+            index_bytes=None if indexed else bounds,
         )
         price = cost(sizes, config.context, k=config.k, pattern=pattern)
         dense = pattern.count("D")

@@ -68,6 +68,8 @@ _GENERAL = (
     "Who discovered gravity?", "What is the name of our galaxy?",
 )  # fmt: skip
 
+SHIPS, GENERAL = len(_SHIPS), len(_GENERAL)  # how many there are
+
 
 def facts(ships: int, seed: int = 0) -> list[tuple[str, str, str]]:
     """(ship, kind, answer) for all kinds of the first `ships` ships, drawn once."""

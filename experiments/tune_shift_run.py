@@ -56,11 +56,15 @@ def run(config: ConfigDict) -> dict:
     """All of it; returns the numbers."""
     base, tokenizer = opened(config.model)
     known = domain.facts(config.ships, config.seed)
-    if not known or config.general < 1 or not 0 < config.seeds <= 2 * len(known):
+    few = min(config.ships, config.general, config.seeds, config.rehearsed + 1) < 1
+    many = config.ships > domain.SHIPS or config.seeds > 2 * len(known)
+    if few or many or config.general + config.rehearsed > domain.GENERAL:
         raise InputError(
             "config",
-            got=f"{config.ships} ships, {config.general} general prompts, {config.seeds} seeds",
-            expected=f"one or more of each, at most {2 * len(known)} seeds",
+            got=f"{config.ships} ships, {config.general} general prompts, {config.rehearsed} "
+            f"rehearsed, {config.seeds} seeds",
+            expected=f"one or more of each (or none rehearsed), at most {domain.SHIPS} ships, "
+            f"{domain.GENERAL} general and rehearsed together, {2 * len(known)} seeds",
             fix="change the config",
         )
     taught, kept = domain.asked(known, (0, 1)), domain.asked(known, (2,))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.calibrate.moments import SKIP, check_sums, check_windows, sum_pass
+from kvjax.core.errors import InputError
 from kvjax.models.causal import causal_attend
 from kvjax.models.config import ModelConfig, layer_runs
 from kvjax.models.decoder import Params, decode_layers, logits, rope_frequencies
@@ -65,8 +66,16 @@ def measure_joint(
     Args:
       windows: `[t]` int32 each, all of one length.
     Raises:
-      InputError: no windows, too short ones, or NaN in a layer, named.
+      InputError: no windows, too short ones, a model with latent attention, or NaN in a layer,
+        named.
     """
+    if config.latent is not None:
+        raise InputError(
+            f"model {config.name}",
+            got="latent attention, whose values are a part of its keys",
+            expected="a model with keys and values",
+            fix="fit what it was converted from, or use a recipe for the latent",
+        )
     check_windows(windows, SKIP)
     counted = len(windows) * (len(windows[0]) - SKIP)
     total: dict[str, np.ndarray] = {}

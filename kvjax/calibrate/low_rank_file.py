@@ -18,8 +18,14 @@ from kvjax.core.codec import Codec
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Params
+from kvjax.models.fingerprint import fingerprint
 
 FORMAT, VERSION, FILE = "kvjax.calibrate.LowRank", "1", "lowrank.safetensors"
+DAMAGED = (
+    *(SafetensorError, OSError, LookupError, ArithmeticError),
+    *(AttributeError, TypeError, ValueError),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +89,14 @@ def save_low_rank(
 
 
 def load_low_rank(
-    path: str | os.PathLike, config: ModelConfig
+    path: str | os.PathLike, config: ModelConfig, params: Params | None = None
 ) -> tuple[tuple[Method, ...], LowRankFrom]:
     """What `save_low_rank` wrote; `path` is the file or its folder.
 
+    Args:
+      params: only what was fitted to these weights will do; None takes any of that name and size.
     Raises:
-      InputError: no such file, a damaged one, another version, or another model.
+      InputError: no such file, a damaged one, another version, another model or other weights.
     """
     path = Path(path).expanduser()
     path = path / FILE if path.is_dir() else path
@@ -102,10 +110,10 @@ def load_low_rank(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         made = LowRankFrom(**facts["provenance"])
         methods = tuple(_method(own, n, tensors) for n, own in enumerate(facts["layers"]))
-        if not all(np.isfinite(a).all() for a in tensors.values() if a.dtype == np.float32):
+        if not all(np.isfinite(a).all() for a in tensors.values() if a.dtype.kind == "f"):
             raise ValueError("numbers that are not finite")
         ranks_of(methods)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except DAMAGED as error:
         raise InputError(
             str(path),
             got=" ".join(str(error).split())[:200] or type(error).__name__,
@@ -113,6 +121,13 @@ def load_low_rank(
             fix="run it again",
         ) from error
     _check_origin(path, methods, made, config)
+    if params is not None and made.weights != (own := fingerprint(params)):
+        raise InputError(
+            str(path),
+            got=f"subspaces for the weights {made.weights}",
+            expected=f"{own}, those of this {config.name}",
+            fix="run `kvjax lowrank` on these weights",
+        )
     return methods, made
 
 

@@ -22,6 +22,7 @@ from kvjax.methods.latent import latent_method
 from kvjax.methods.names import RECIPES, get, recipes
 from kvjax.methods.oscar import Variant, oscar
 from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Params
 
 Target = Literal["paper", "code"]
 Calibrated = Callable[[Moments, jax.Array], tuple[Method, ...]]  # one per layer
@@ -142,15 +143,20 @@ def get_for_model(
     return tuple(dataclasses.replace(method, name=name) for method in methods)
 
 
-def fitted_on(name: str, config: ModelConfig, moments: Moments | None = None) -> str | None:
+def fitted_on(
+    name: str,
+    config: ModelConfig,
+    moments: Moments | None = None,
+    params: Params | None = None,
+) -> str | None:
     """The text that the file behind a `tuned:` or `lowrank:` name was fitted to, None for other
     names.
 
     Raises:
-      InputError: as `get_for_model`, for these names.
+      InputError: as `get_for_model`, for these names; with `params`, a file for other weights.
     """
     if name.startswith(LOWRANK):
-        return load_low_rank(name.removeprefix(LOWRANK), config)[1].text
+        return load_low_rank(name.removeprefix(LOWRANK), config, params)[1].text
     if name.startswith(TUNED) and moments is not None:
         return load_tuned(name.removeprefix(TUNED), config, moments)[1].text
     return None

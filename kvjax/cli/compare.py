@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
             settings = dataclasses.replace(settings, calibration=moments)
         seen = {"calibration": None if args.calibration is None else made.text}
         seen |= {
-            f"fit of {name}": fitted_on(name, model.config, settings.calibration) for name in names
+            f"fit of {name}": fitted_on(name, model.config, settings.calibration, model.params)
+            for name in names
         }
         for what, of in seen.items():
             if of is not None and same_text(of, text_name):

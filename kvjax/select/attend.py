@@ -186,11 +186,12 @@ def _entries(cache: Cache, layer: Array | int, slots: Array) -> Array:
 
 def _check_choice(cache: Cache, chosen: Array) -> None:
     b = cache.length.shape[1]
-    if chosen.ndim != 2 or chosen.shape[0] != b or not jnp.issubdtype(chosen.dtype, jnp.integer):
+    fits = chosen.ndim == 2 and chosen.shape[0] == b and chosen.shape[1] > 0
+    if not fits or not jnp.issubdtype(chosen.dtype, jnp.integer):
         raise InputError(
             "chosen",
             got=f"{chosen.dtype} of shape {chosen.shape}",
-            expected=f"integers of shape ({b}, k): positions for each sequence",
+            expected=f"integers of shape ({b}, k), k of 1 or more: positions for each sequence",
             fix="choose with `choose_tokens`",
         )
     if cache.kept is not None:

@@ -94,6 +94,8 @@ class PageBounds:
 def page_bounds(keys: Array, real: Array | None = None) -> PageBounds:
     """Bounds of pages of keys `[..., n, p, d]`; `real: [..., n, p]` hides slots without a token.
 
+    Of a page without any, low is inf and high -inf.
+
     Source: Quest, arXiv 2406.10774. From the decoded keys of a packed page the bound holds for the
     logits that attention will compute.
     """
@@ -106,7 +108,7 @@ def page_bounds(keys: Array, real: Array | None = None) -> PageBounds:
 def page_logits(q: Array, bounds: PageBounds) -> Array:
     """The highest logit that a page could hold, `[..., g, n]`, for queries `[..., g, d]`.
 
-    sum_c max(q_c low_c, q_c high_c), as two products.
+    sum_c max(q_c low_c, q_c high_c), as two products; -inf for a page without tokens.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,7 +117,10 @@ def page_logits(q: Array, bounds: PageBounds) -> Array:
       Array([[3.]], dtype=float32)
     """
     product = lambda a, b: jnp.einsum("...gd,...nd->...gn", a, b)
-    return product(jnp.maximum(q, 0), bounds.high) + product(jnp.minimum(q, 0), bounds.low)
+    empty = (bounds.low > bounds.high).any(-1)  # [..., n]
+    low, high = (jnp.where(empty[..., None], 0, a) for a in (bounds.low, bounds.high))
+    most = product(jnp.maximum(q, 0), high) + product(jnp.minimum(q, 0), low)
+    return jnp.where(empty[..., None, :], -jnp.inf, most)
 
 
 def page_scores(bound_logits: Array, visible: Array) -> Array:

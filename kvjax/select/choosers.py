@@ -99,8 +99,9 @@ def by_page_bounds(x: Array, k: Array, own: Any, choice: Choice) -> Rows:
         s, _, g, _ = q.shape
         logits = page_logits(jnp.moveaxis(q, 0, 1).reshape(h, s * g, d), bounds)  # [h, s * g, n]
         logits = jnp.moveaxis(logits.reshape(h, s, g, n), 1, 0).reshape(s, h * g, n)
-        begun = jnp.arange(n) * page <= at[:, None]  # [s, n]
-        return _top_pages(page_scores(logits, begun[:, None]), at, choice)
+        # The bounds of the page that is being filled know tokens to come; it is chosen anyway.
+        whole = (jnp.arange(n) + 1) * page <= at[:, None] + 1  # [s, n]
+        return _top_pages(page_scores(logits, whole[:, None]), at, choice)
 
     return rows
 

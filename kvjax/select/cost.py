@@ -79,13 +79,14 @@ def sizes_of(
       index_bytes: None is 8 bits a channel and a float16 scale.
 
     Raises:
-      InputError: a model with latent attention: use `glm_5_2`, or fill `AttentionSizes`.
+      InputError: a model with latent attention, or whose layers borrow keys and values: fill in
+        `AttentionSizes`, as `glm_5_2` does.
     """
-    if config.latent is not None:
+    if config.latent is not None or config.layer_map:
         raise InputError(
             f"model {config.name}",
-            got="latent attention",
-            expected="keys and values per head",
+            got="layers that borrow keys and values" if config.layer_map else "latent attention",
+            expected="keys and values of its own in every layer",
             fix="fill in AttentionSizes by hand, as glm_5_2 does",
         )
     width = index_width
@@ -134,6 +135,8 @@ def cost(
     Args:
       k: tokens that each layer attends to; None is all, and no indexer.
       pattern: F, S and D of the layers (see `share`); None is F everywhere.
+    Raises:
+      InputError: a k or a context under 1; a pattern of other layers.
 
     Example:
       >>> sizes = glm_5_2()
@@ -141,6 +144,9 @@ def cost(
       >>> round(dense.attention / 1e12, 1), round(indexed.indexer / 1e12, 2)
       (11.4, 0.68)
     """
+    for name, value in (("context", context), ("k", k)):
+        if value is not None and value < 1:
+            raise InputError(name, got=value, expected="1 or more tokens", fix="raise it")
     if k is None:
         pattern = "D" * sizes.layers
     pattern = "F" * sizes.layers if pattern is None else pattern

@@ -91,7 +91,8 @@ def restricted_pass(
       own: what it needs of each layer that sees everything, leaves `[l, ...]`: the indexers.
       pattern: of the layers that see everything, see `share`; None chooses anew in all of them.
     Raises:
-      InputError: a pattern that does not fit; lengths that blocks do not divide.
+      InputError: a pattern that does not fit; lengths that blocks do not divide; stretches that are
+        not of the text.
     """
     layers = len(seeing_all(config))
     if chooser is None:
@@ -100,12 +101,19 @@ def restricted_pass(
     stretches = jnp.atleast_2d(jnp.asarray(tokens, jnp.int32))
     n = stretches.shape[1]
     t = n if history is None else _length(history)
-    if n % min(QUERIES, n) or t % (choice.page or 1):
+    if n == 0 or n % min(QUERIES, n) or t % (choice.page or 1):
         raise InputError(
             "tokens",
             got=f"{n} tokens",
             expected=f"at most {QUERIES} or a multiple, and whole pages",
             fix="cut the text",
+        )
+    if len(starts) != len(stretches) or min(starts) < 0 or max(starts) + n > t:
+        raise InputError(
+            "starts",
+            got=f"{tuple(starts)} for {len(stretches)} stretches of {n} tokens",
+            expected=f"one for each, within the {t} tokens of the text",
+            fix="begin them earlier, or read a longer history",
         )
     at = jnp.asarray(starts, jnp.int32)
     return _restricted(params, config, stretches, at, history, kinds, own, chooser, choice)

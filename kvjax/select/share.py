@@ -57,8 +57,18 @@ def periodic_pattern(layers: int, *, every: int = 4, offset: int = 3, dense: int
       >>> periodic_pattern(78).count("F")
       21
 
+    Raises:
+      InputError: an `every` under 1; dense layers under 0, or more than there are.
+
     Source: GLM-5.2's configuration; IndexCache, arXiv 2603.12201.
     """
+    if every < 1 or not 0 <= dense <= layers:
+        raise InputError(
+            "periodic pattern",
+            got=f"every {every}, {dense} dense of {layers} layers",
+            expected="every 1 or more, and no more dense layers than layers",
+            fix="choose such numbers",
+        )
     letters = ["F" if max(l - offset + 1, 0) % every == 0 else "S" for l in range(layers)]
     letters[:dense] = "D" * dense
     if "F" not in letters[:1] and dense < layers:

@@ -18,7 +18,7 @@ from kvjax.models.decoder import Params, decode_layers, logits
 
 Array = jax.Array
 
-STEP = 16  # widths are multiples of it, so that few are compiled
+STEP = 16  # widths are multiples of it, so that few are compiled; so many are predicted at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,16 @@ def mean_answer_nll(params: Params, config: ModelConfig, batch: Answers) -> Arra
     caches = (None,) * len(runs)
     hidden, _, _ = decode_layers(params, config, batch.tokens, positions, attend, caches)
     here = jnp.take_along_axis(hidden, batch.at[..., None], 1)  # [n, a, D]
-    scores = jax.nn.log_softmax(logits(params, config, here))
-    found = jnp.take_along_axis(scores, batch.target[..., None], 2)[..., 0]
+
+    @jax.checkpoint
+    def some(part):  # logits take [n, 16, V], however long the answers are
+        here, target = part
+        scores = jax.nn.log_softmax(logits(params, config, here))
+        return jnp.take_along_axis(scores, target[..., None], 2)[..., 0]
+
+    cut = lambda a: jnp.moveaxis(a.reshape(len(a), -1, STEP, *a.shape[2:]), 1, 0)
+    found = jax.lax.map(some, (cut(here), cut(batch.target)))  # [a / 16, n, 16]
+    found = jnp.moveaxis(found, 0, 1).reshape(batch.target.shape)
     return -jnp.where(batch.real, found, 0.0).sum(1) / batch.real.sum(1)
 
 

@@ -80,13 +80,12 @@ def judge(
 ) -> Judged:
     """Perplexities of the answers under the base model and the tuned one.
 
-    Prompts without an answer are left out: there is nothing to judge.
+    Prompts without an answer are left out: there is nothing to judge. Nothing may be left.
 
     Args:
       answers: of the tuned model; see `answerer`. base, tuned: weights of one architecture.
     Raises:
-      InputError: no prompts with an answer, or not as many answers as prompts; models whose
-        vocabularies differ.
+      InputError: no prompts, or not as many answers as prompts; models whose vocabularies differ.
     """
     sizes = [p.embed.shape[0] for p in (base, tuned)]
     if sizes[0] != sizes[1]:
@@ -104,6 +103,8 @@ def judge(
             fix="answer all of them",
         )
     pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
+    if prompts and not pairs:
+        return Judged((), (), np.zeros(0), np.zeros(0))
     examples = [example(tokenizer, *pair) for pair in pairs]
     found = [perplexities(params, config, examples) for params in (base, tuned)]
     return Judged(tuple(p for p, _ in pairs), tuple(a for _, a in pairs), *found)
@@ -129,7 +130,7 @@ def answerer(
     """Continues prompts to the end of their line with a bf16 cache, `together` at a time.
 
     Args:
-      temperature: 0 takes the best token each time. seed: rises by one with every call.
+      temperature: 0 takes the best token each time. seed: rises by one with every `together`.
     """
     import jax
 

@@ -22,7 +22,9 @@ from kvjax.codecs import Centered, Normalized, Rotary, Uniform
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.models.causal import forward, keys_and_values
+from kvjax.models.config import Latent
 from kvjax.models.decoder import rms_norm
+from kvjax.models.fingerprint import fingerprint
 from kvjax.models.load import Model, load
 
 TINY = Path(__file__).parents[1] / "models" / "tiny" / "llama"
@@ -222,6 +224,11 @@ def test_mistakes_are_told():
         fisher_ranks(np.array([1.0, 0.0]), 64, 0.5, 8)
     with pytest.raises(InputError, match="a multiple of 128"):
         weight_fisher(model().params, model().config, [np.zeros(100, np.int32)])
+    latent = dataclasses.replace(
+        model().config, arch="mla", kv_heads=1, head_dim=16, latent=Latent(8, 8, 8, 8)
+    )
+    with pytest.raises(InputError, match="latent attention"):
+        measure_joint(model().params, latent, windows())
     with pytest.raises(InputError, match="perhaps within Rotary"):
         subspace(Uniform(4))
 
@@ -253,6 +260,11 @@ def test_a_file_comes_back_and_knows_its_model(tmp_path):
             load_low_rank(file, config)
         assert "\n" not in str(error.value)
 
+    with pytest.raises(InputError, match="subspaces for the weights abc; expected"):
+        fitted_on(name, config, None, model().params)
+    made = dataclasses.replace(made, weights=fingerprint(model().params))
+    save_low_rank(methods, tmp_path / "own", made)
+    assert fitted_on(f"lowrank:{tmp_path / 'own'}", config, None, model().params) == "some.txt"
     refused("no such file", file=tmp_path / "nothing")
     refused("another-model", config=dataclasses.replace(config, name="another-model"))
     refused("layers, KV heads", config=dataclasses.replace(config, kv_heads=4))
@@ -260,3 +272,5 @@ def test_a_file_comes_back_and_knows_its_model(tmp_path):
     refused("run it again")
     path.write_bytes(first.replace(b'\\"Centered\\"', b'\\"Centaur_\\"', 1))
     refused("Centaur_")
+    path.write_bytes(first.replace(b'\\"group_heads\\": 2', b'\\"group_heads\\": 0', 1))
+    refused("run it again")

@@ -56,7 +56,8 @@ def test_a_tiny_run(tmp_path):
 def test_a_config_that_makes_no_sense(modules):
     _, experiment = modules
     config = tiny_runs.tiny_config("tune_shift")
-    for change in ({"ships": 0}, {"seeds": 99}, {"general": 0}):
+    # No more ships or questions than there are, either.
+    for change in ({"ships": 0}, {"seeds": 99}, {"general": 0}, {"ships": 17}, {"rehearsed": 45}):
         wrong = config.copy_and_resolve_references()
         wrong.update(change)
         with pytest.raises(InputError, match="config: got"):

@@ -9,6 +9,9 @@ import pytest
 
 from kvjax.core.errors import InputError
 from kvjax.select import (
+    Choice,
+    by_attention,
+    by_page_bounds,
     choose_tokens,
     mask_of,
     page_bounds,
@@ -87,6 +90,34 @@ def test_slots_without_a_token_bound_nothing():
     keys = jnp.array([[[1.0, 2.0], [100.0, -100.0]]])
     bounds = page_bounds(keys, jnp.array([[True, False]]))
     assert bounds.low.tolist() == bounds.high.tolist() == [[1.0, 2.0]]
+    both = jnp.concatenate([keys, keys])
+    bounds = page_bounds(both, jnp.array([[True, False], [False, False]]))  # and no page at all
+    assert page_logits(jnp.array([[2.0, -1.0], [0.0, 0.0]]), bounds).tolist() == [
+        [0.0, -np.inf],
+        [0.0, -np.inf],
+    ]
+
+
+@pytest.mark.parametrize("choose", [by_attention, by_page_bounds])
+def test_tokens_to_come_have_no_say(choose):
+    """Neither those of later pages nor those of the page that is being filled."""
+    rng = np.random.default_rng(4)
+    k, q = rng.normal(size=(64, 2, 8)), rng.normal(size=(64, 2, 2, 8))
+    later = k.copy()
+    later[42:] = 9 * rng.normal(size=(22, 2, 8))
+    choice = Choice(k=24, sink=2, recent=4, page=4)
+    at = jnp.arange(64)
+    seen, other = (
+        np.asarray(
+            choose(None, jnp.asarray(a, jnp.float32), None, choice)(None, jnp.asarray(q), at)
+        )
+        for a in (k, later)
+    )
+    np.testing.assert_array_equal(seen[:42], other[:42])
+    assert (seen[42:] != other[42:]).any()
+    assert not np.triu(seen, 1).any()
+    assert (seen[24:].sum(-1) <= 24).all()
+    assert all(seen[t, t - 3 : t + 1].all() and seen[t, :2].all() for t in range(4, 64))
 
 
 def test_page_scores_are_a_mean_of_softmaxes():

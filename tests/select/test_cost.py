@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from kvjax.core.errors import InputError
 from kvjax.models.config import known_configs
+from kvjax.models.layer_map import pairs
 from kvjax.select import cost, glm_5_2, periodic_pattern, sizes_of
 from kvjax.select.index_cache import index_bytes
 
@@ -57,3 +60,13 @@ def test_glm_5_2_keeps_less():
 def test_a_pattern_of_another_model_is_refused():
     with pytest.raises(InputError, match="pattern"):
         cost(glm_5_2(), 10, k=2, pattern="FS")
+
+
+def test_sizes_that_cannot_be_are_refused():
+    for context, k in ((0, None), (8, 0)):
+        with pytest.raises(InputError, match="1 or more tokens"):
+            cost(glm_5_2(), context, k=k)
+    plain = known_configs()["smollm2-135m"]
+    shared = dataclasses.replace(plain, layer_map=pairs(plain.layers))
+    with pytest.raises(InputError, match="borrow keys and values"):
+        sizes_of(shared, index_heads=4, index_width=32)

@@ -252,3 +252,8 @@ def test_a_choice_of_everything_is_the_model(gemma):
     )
     assert (np.asarray(few.recall) < 0.99).any()
     assert np.abs(np.asarray(few.hidden - found.hidden)).max() > 1e-3
+    for wrong in ((16,), (-1, 40), (16, 57)):  # the last would read beyond the text
+        with pytest.raises(InputError, match="starts"):
+            restricted_pass(
+                model.params, config, stretches, choice=everything, **(options | {"starts": wrong})
+            )

@@ -167,3 +167,5 @@ def test_a_choice_of_another_shape_is_refused():
         attend_chosen(method, cache, q, jnp.zeros((B, H, 4), jnp.int32))
     with pytest.raises(InputError, match="chosen"):
         attend_chosen(method, cache, q, jnp.zeros((B, 4)))
+    with pytest.raises(InputError, match="k of 1 or more"):
+        attend_chosen(method, cache, q, jnp.zeros((B, 0), jnp.int32))

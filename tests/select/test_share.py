@@ -23,6 +23,9 @@ def test_glm_5_2_has_21_indexers():
 def test_dense_layers_come_before_an_indexer():
     assert periodic_pattern(8, dense=2) == "DDFSSSFS"
     assert periodic_pattern(8, dense=3) == "DDDFSSFS"  # the rule has an S there, and no F before it
+    for wrong in ({"dense": 9}, {"dense": -1}, {"every": 0}):
+        with pytest.raises(InputError, match="periodic pattern"):
+            periodic_pattern(8, **wrong)
 
 
 def test_shared_layers_read_the_nearest_full_one_before():

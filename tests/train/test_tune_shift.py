@@ -16,7 +16,7 @@ from kvjax.generate import make_plan
 from kvjax.models.causal import forward
 from kvjax.models.load import load
 from kvjax.models.tokenizer import Tokenizer
-from kvjax.train.answers import Example, answers_of, perplexities
+from kvjax.train.answers import Example, answers_of, mean_answer_nll, perplexities
 from kvjax.train.distill import mean_nll
 from kvjax.train.gap import compression_gap
 from kvjax.train.lora import MATRICES, Fitting, fit, init_lora, with_lora
@@ -51,6 +51,28 @@ def test_perplexity_of_answers_side_by_side(model):
     got = perplexities(model.params, model.config, EXAMPLES, together=2)
     want = [np.exp(naive_nll(model.params, model.config, one)) for one in EXAMPLES]
     np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_logits_of_a_long_answer_come_a_few_at_a_time(model):
+    long = Example((5, 9), tuple(range(3, 43)))
+    got = perplexities(model.params, model.config, [EXAMPLES[0], long], together=2)
+    want = [np.exp(naive_nll(model.params, model.config, one)) for one in (EXAMPLES[0], long)]
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    loss = lambda p: mean_answer_nll(p, model.config, answers_of([long])).sum()
+    values = list(_values(jax.make_jaxpr(jax.grad(loss))(model.params).jaxpr))
+    wide = [v.aval.size for v in values if v.aval.shape[-1:] == (model.config.vocab_size,)]
+    assert max(wide) == 16 * model.config.vocab_size
+
+
+def _values(jaxpr):
+    """What the equations of a program and of those within it make."""
+    for equation in jaxpr.eqns:
+        yield from equation.outvars
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(inner, "jaxpr"):
+                yield from _values(inner.jaxpr)
+            elif hasattr(inner, "eqns"):
+                yield from _values(inner)
 
 
 def test_examples_without_anything_are_refused():
@@ -144,6 +166,9 @@ def test_two_models_of_one_vocabulary(model):
     same = judge(prompts[:1], ["so"], tuned, tuned, model.config, tokenizer)
     np.testing.assert_allclose(same.gap, 1.0)
     assert example(tokenizer, "ab", "c").answer == (*tokenizer.encode("c"), 0)  # and a new line
+    nothing = judge(prompts, ["", "", ""], model.params, tuned, model.config, tokenizer)
+    assert (nothing.prompts, nothing.gap.shape) == ((), (0,))
+    assert found.joined(nothing.special(2.0)).prompts == found.prompts
     smaller = dataclasses.replace(tuned, embed=tuned.embed[:50])
     with pytest.raises(InputError, match="vocabularies of"):
         judge(prompts, answers, model.params, smaller, model.config, tokenizer)
