@@ -62,12 +62,20 @@ def check_shapes(
 
 
 def values_kept(method: Method, cache: Cache, k: Array, v: Array | None) -> Array:
-    """What a cache keeps of the values: all, or nothing, `[..., 0]`, of a view of the keys.
+    """What a cache keeps of the values: all; of a view of the keys nothing, `[..., 0]`.
 
     Raises:
-      InputError: no values, and keys that do not hold them; outside jit, values that are not the
-        keys' own.
+      InputError: no values, and keys that do not hold them; a cache of a method that keeps values
+        where this one does not, or the other way round; outside jit, values that are not the keys'
+        own.
     """
+    if (cache.window_value.shape[-1] == 0) != isinstance(method.value, View):
+        raise InputError(
+            "cache",
+            got="one that keeps values" if cache.window_value.shape[-1] else "one without values",
+            expected=f"one made for {method.name}",
+            fix="init it with this method",
+        )
     if not isinstance(method.value, View):
         if v is None:
             raise InputError(
@@ -87,7 +95,7 @@ def values_kept(method: Method, cache: Cache, k: Array, v: Array | None) -> Arra
             expected=f"channels 0 to {method.value.width - 1} of the keys, then zeros",
             fix="give None, or use a method that keeps values",
         )
-    return own if cache.window_value.shape[-1] else own[..., :0]
+    return own[..., :0]
 
 
 def _check_axis(cache: Cache) -> None:

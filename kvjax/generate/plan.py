@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from kvjax.cache import Cache, init
 from kvjax.cache.borrow import windows_like
 from kvjax.cache.working_set import WorkingSet
+from kvjax.codecs import View
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.pytree import pytree, static
@@ -98,8 +99,9 @@ def make_plan(
       rules: spreads the model over the devices of a mesh; its weights come from
         `kvjax.parallel.place_params`.
     Raises:
-      InputError: methods that do not fit the head_dim, or not one per layer; heads, batch or
-        codecs that the mesh does not split.
+      InputError: methods that do not fit the head_dim, or not one per layer; values that are a view
+        of other channels than the model's latent; heads, batch or codecs that the mesh does not
+        split.
     """
     if rules is not None:
         single = isinstance(method, Method)
@@ -119,7 +121,7 @@ def make_plan(
         return dataclasses.replace(plan, rules=rules, copies=copies)
     runs = layer_runs(config)
     if isinstance(method, Method):
-        method.check(config.head_dim)
+        _check_method(config, method)
         every = [Group(_owning(config, run), i, run.window) for i, run in enumerate(runs)]
         groups = tuple(group for group in every if group.layers)
         return Plan((method,) * len(groups), (False,) * len(groups), groups, config)
@@ -132,7 +134,7 @@ def make_plan(
             fix="give one method for all, or a tuple with one per layer",
         )
     for one in methods:
-        one.check(config.head_dim)
+        _check_method(config, one)
     kinds = [(jax.tree.structure(m), tuple(a.shape for a in jax.tree.leaves(m))) for m in methods]
     members: dict[tuple[int, Any], list[int]] = {}
     for i, run in enumerate(runs):
@@ -141,6 +143,23 @@ def make_plan(
     groups = tuple(Group(tuple(own), key[0], runs[key[0]].window) for key, own in members.items())
     stack = lambda group: jax.tree.map(lambda *a: jnp.stack(a), *(methods[n] for n in group.layers))
     return Plan(tuple(map(stack, groups)), (True,) * len(groups), groups, config)
+
+
+def _check_method(config: ModelConfig, method: Method) -> None:
+    """Raises `InputError` for a method of another head_dim, or whose values are a view of keys that
+    hold no values, or others: under jit nothing else would tell."""
+    method.check(config.head_dim)
+    if not isinstance(method.value, View):
+        return
+    rank = None if config.latent is None else config.latent.rank
+    if method.value.width != rank:
+        raise InputError(
+            f"method {method.name}",
+            got=f"values that are channels 0 to {method.value.width - 1} of the keys",
+            expected=f"those of {config.name}, "
+            + ("which are apart from the keys" if rank is None else f"0 to {rank - 1}"),
+            fix="get it with kvjax.calibrate.names.get_for_model for this model",
+        )
 
 
 def _owning(config: ModelConfig, run: Run) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import dataclasses
 from kvjax.codecs import latent
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
-from kvjax.methods.names import get
+from kvjax.methods.names import get, recipes
 
 
 def latent_method(
@@ -20,12 +20,15 @@ def latent_method(
         either the recipe for keys is used: the latent is coded once, for logits and outputs.
       rank, head_dim: of the model, `config.latent.rank` and `config.head_dim`.
       layout, seed: as for `get`.
+    Raises:
+      InputError: an unknown name, or sizes that do not fit.
 
     Example:
       >>> method = latent_method("turboquant-4/turboquant-4", 512, 576)
       >>> method.name, type(method.value).__name__
       ('turboquant-4/turboquant-4', 'View')
     """
+    recipes(name)  # that there are two at most, and both are known
     first, _, second = name.partition("/")
     options = {"layout": layout, "seed": seed}
     inner = get(first, rank, **options)  # type: ignore[arg-type]

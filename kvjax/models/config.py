@@ -74,6 +74,16 @@ class Latent:
     rotary_heads: int = 1
     norm: bool = True
 
+    def __post_init__(self):
+        sizes = (self.rank, self.rotary_dim, self.value_dim, self.rotary_heads)
+        if min(sizes) < 1 or self.nope_dim < 0 or (self.q_rank is not None and self.q_rank < 1):
+            raise InputError(
+                "latent",
+                got=self,
+                expected="sizes of 1 or more, and nope_dim of 0 or more",
+                fix="check the model's config",
+            )
+
     @property
     def width(self) -> int:
         """Numbers per token and layer in the cache: the latent and the rotary part."""
@@ -139,10 +149,10 @@ class ModelConfig:
                 expected="a whole number of query heads per kv head",
                 fix="check the model's config",
             )
-        if self.head_dim % 2:
+        if self.rotary_dim % 2:
             raise InputError(
-                f"head_dim of {self.name}",
-                got=self.head_dim,
+                f"head_dim of {self.name}" if self.latent is None else f"rotary_dim of {self.name}",
+                got=self.rotary_dim,
                 expected="an even number, for rotary pairs",
                 fix="check the model's config",
             )
@@ -154,6 +164,15 @@ class ModelConfig:
                 got=f"{self.latent}, {self.kv_heads} KV heads of {self.head_dim}, {self.arch}",
                 expected="with architecture mla one KV head of the latent's width, else no latent",
                 fix="set arch, latent, kv_heads and head_dim together",
+            )
+        pairs = self.rotary_dim // 2
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "table" and len(scaling.table) != pairs:
+            raise InputError(
+                f"rope scaling of {self.name}",
+                got=f"a table of {len(scaling.table)} entries",
+                expected=f"one for each of the {pairs} rotary pairs",
+                fix="check the model's config",
             )
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.layers)

@@ -102,10 +102,10 @@ def from_hf(data: Mapping[str, Any], name: str = "", what: str = "config.json") 
     )
     latent = hf_latent.read_config(c) if _MODEL_TYPES[kind] == "mla" else None
     head_dim = c.integer("head_dim", width // heads) if latent is None else latent.width
+    theta, theta_local, scaling = _rope(c, gemma)
     scale = (c.number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5
     if latent is not None:
         scale = c.number("attention_scale", hf_latent.default_scale(c, latent))
-    theta, theta_local, scaling = _rope(c, gemma)
     eos = c.get("eos_token_id", ())
     windows = _windows(c, kind, layers)
     shared = c.integer("num_kv_shared_layers") if c.get("num_kv_shared_layers") else 0

@@ -28,6 +28,7 @@ NAMES = {
     "wv": VALUES,
 }
 _PLAIN_Q = {"wq": "self_attn.q_proj.weight"}
+_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # as config.json names ours
 _LOW_RANK_Q = {
     "w_dq": "self_attn.q_a_proj.weight",
     "q_norm": "self_attn.q_a_layernorm.weight",
@@ -101,8 +102,9 @@ def read_config(c: Any) -> Latent:
     Args:
       c: a section of the file, of `hf_config`.
     """
-    experts, dense = c.get("n_routed_experts", 0), c.get("first_k_dense_replace", 0)
-    if experts and dense < c.integer("num_hidden_layers"):
+    experts, layers = c.get("n_routed_experts", 0), c.integer("num_hidden_layers")
+    dense = c.integer("first_k_dense_replace") if c.get("first_k_dense_replace") else 0
+    if experts and dense < layers:
         raise c.error("n_routed_experts", experts, "0: kvjax's decoder has no experts")
     return Latent(
         rank=c.integer("kv_lora_rank"),
@@ -116,13 +118,13 @@ def read_config(c: Any) -> Latent:
 
 
 def default_scale(c: Any, latent: Latent) -> float:
-    """1 / sqrt(n + d_R), and with yarn the square of its `mscale_all_dim` factor."""
+    """1 / sqrt(n + d_R), and with yarn the square of its `mscale_all_dim` factor, whose numbers
+    `yarn` has checked."""
     scale = (latent.nope_dim + latent.rotary_dim) ** -0.5
     rope = c.section("rope_parameters") or c.section("rope_scaling")
     if rope.get("rope_type", rope.get("type")) != "yarn":
         return scale
-    all_dim = rope.get("mscale_all_dim") or 0
-    return scale * (0.1 * all_dim * math.log(max(rope["factor"], 1)) + 1) ** 2
+    return scale * (0.1 * rope["mscale_all_dim"] * math.log(max(rope["factor"], 1)) + 1) ** 2
 
 
 def yarn(c: Any, s: Any) -> RopeScaling:
@@ -131,7 +133,7 @@ def yarn(c: Any, s: Any) -> RopeScaling:
     Args:
       c, s: sections of the file and of its rope scaling.
     """
-    if s.get("mscale", 1) != s.get("mscale_all_dim", 0):
+    if s.get("mscale", 1) != s.number("mscale_all_dim"):
         raise s.error("mscale", s.get("mscale", 1), "the same as mscale_all_dim")
     dim = c.integer("qk_rope_head_dim")
     theta = float(s.number("rope_theta", c.get("rope_theta", 1e4)))
@@ -183,7 +185,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": rope or None,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": config.activation,
+        "hidden_act": _ACTIVATIONS[config.activation],
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids),
     }

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from kvjax.core.errors import InputError
 from kvjax.models import hf_latent
 from kvjax.models.hf import LAYER_NAMES, TOP_NAMES
+from kvjax.models.hf_config import from_hf
 from kvjax.models.load import Model
 
 
@@ -22,12 +23,22 @@ def save(model: Model, folder: str | os.PathLike) -> Path:
     and the tokenizer if it has one.
 
     Raises:
-      InputError: a model without a latent, or a folder that has something in it.
+      InputError: a model without a latent, or with what the folder could not say; a folder that has
+        something in it.
     """
     path, config = Path(folder), model.config
     if config.latent is None:
         raise InputError(
             "model", got=config.arch, expected="one with latent attention", fix="convert it first"
+        )
+    described = hf_latent.config_json(config)
+    read = from_hf(described, config.name)
+    if lost := [n for n, a in vars(config).items() if a != getattr(read, n)]:
+        raise InputError(
+            f"model {config.name}",
+            got=f"{', '.join(lost)} that its config.json cannot say",
+            expected="latent attention in every layer, and nothing else",
+            fix="keep it in memory, or convert a plain model",
         )
     check_new(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -48,8 +59,7 @@ def save(model: Model, folder: str | os.PathLike) -> Path:
             tensors[name] = np.asarray(array)
     tensors = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
     save_file(tensors, path / "model.safetensors")
-    text = json.dumps(hf_latent.config_json(config), indent=1)
-    (path / "config.json").write_text(text + "\n", encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     if model.tokenizer is not None:
         model.tokenizer.backend.save(str(path / "tokenizer.json"))
         if model.tokenizer.chat_template:
@@ -59,9 +69,9 @@ def save(model: Model, folder: str | os.PathLike) -> Path:
 
 
 def check_new(folder: str | os.PathLike) -> None:
-    """Raises `InputError` for a file, or a folder that has something in it."""
+    """Raises `InputError` for a file, what is under one, or a folder that has something in it."""
     path = Path(folder)
-    if path.is_file() or (path.exists() and any(path.iterdir())):
+    if any(p.is_file() for p in (path, *path.parents)) or (path.exists() and any(path.iterdir())):
         raise InputError(
             str(path), got="what holds files already", expected="a new folder", fix="use another"
         )

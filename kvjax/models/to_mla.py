@@ -68,7 +68,8 @@ def to_mla(model: Model, moments: Array, *, rank: int, rope_heads: int) -> Model
       rank: at most `(2 h - rope_heads) d`, which loses nothing more.
       rope_heads: 1 to h; h is exact, and rank `h d` then keeps all values.
     Raises:
-      InputError: another family than Llama; sizes that the model does not have.
+      InputError: another family than Llama; sizes that the model does not have; moments of another
+        model, or that are not finite.
 
     Example:
       >>> model = load("smollm2-135m")  # doctest: +SKIP
@@ -78,6 +79,8 @@ def to_mla(model: Model, moments: Array, *, rank: int, rope_heads: int) -> Model
     config = model.config
     check(config, rank, rope_heads)
     h, d = config.kv_heads, config.head_dim
+    known, dtype = np.asarray(moments, np.float64), model.params.embed.dtype
+    _check_moments(config, known)
     latent = Latent(
         rank=rank,
         rotary_dim=d,
@@ -89,7 +92,6 @@ def to_mla(model: Model, moments: Array, *, rank: int, rope_heads: int) -> Model
     made = dataclasses.replace(
         config, arch="mla", kv_heads=1, head_dim=latent.width, latent=latent, windows=()
     )
-    known, dtype = np.asarray(moments, np.float64), model.params.embed.dtype
     runs, first = [], 0
     for layers in model.params.runs:
         count = layers.attn_norm.shape[0]
@@ -121,6 +123,25 @@ def check(config: ModelConfig, rank: int, rope_heads: int) -> None:
     if not 1 <= rank <= most:
         raise InputError(
             "rank", got=rank, expected=f"1 to {most}, all that is left", fix="choose such a rank"
+        )
+
+
+def _check_moments(config: ModelConfig, moments: np.ndarray) -> None:
+    n = 2 * config.kv_heads * config.head_dim
+    if moments.shape != (config.layers, n, n):
+        raise InputError(
+            "moments",
+            got=f"shape {moments.shape}",
+            expected=f"{(config.layers, n, n)} for {config.name}",
+            fix="measure them with joint_moments on this model",
+        )
+    power = np.diagonal(moments, axis1=1, axis2=2).reshape(config.layers, 2, -1).sum(-1)
+    if not (np.isfinite(moments).all() and (power > 0).all()):
+        raise InputError(
+            "moments",
+            got="NaN or infinity, or a layer whose keys or values are all zero",
+            expected="finite second moments of keys and values",
+            fix="check the checkpoint, or run it in float32",
         )
 
 

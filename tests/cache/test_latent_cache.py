@@ -181,6 +181,10 @@ def test_values_may_be_given_if_they_are_the_keys_own():
     plain = Method(Dense(), Dense())
     with pytest.raises(kvjax.InputError, match="v: got None; expected values"):
         kvjax.append(plain, kvjax.init(plain, capacity=9, kv_heads=1, head_dim=D), k, None)
+    with pytest.raises(kvjax.InputError, match="cache: got one without values; expected one made"):
+        kvjax.append(plain, cache, k, k)
+    with pytest.raises(kvjax.InputError, match="cache: got one that keeps values"):
+        kvjax.append(method, kvjax.init(plain, capacity=9, kv_heads=1, head_dim=D), k, None)
 
 
 def test_a_view_obeys_both_laws_on_its_own():

@@ -64,6 +64,8 @@ def test_what_wants_keys_and_values_apart():
     for name in ("klt-2", "tuned:FILE", "lowrank:FILE"):
         with pytest.raises(InputError, match="expected a recipe for its latent"):
             get_for_model(name, CONFIG)
+    with pytest.raises(InputError, match="method: got 'int4/int4'"):
+        get_for_model("int4/int4/int4", CONFIG)
     with pytest.raises(InputError, match="values are a part of its keys"):
         measure_moments(None, CONFIG, [jnp.zeros(64, jnp.int32)])
     plan = make_plan(CONFIG, get_for_model("bf16", CONFIG))

@@ -252,6 +252,18 @@ def test_what_the_decoder_has_not_is_refused():
     scaling = LITE["rope_scaling"] | {"mscale": 1.0}
     with pytest.raises(InputError, match=r"mscale .* the same as mscale_all_dim"):
         from_hf(LITE | {"rope_scaling": scaling})
+    no_factor = {name: a for name, a in LITE["rope_scaling"].items() if name != "factor"}
+    with pytest.raises(InputError, match=r"factor in rope scaling .* got nothing"):
+        from_hf(LITE | {"rope_scaling": no_factor})
+    with pytest.raises(InputError, match=r"mscale_all_dim in rope scaling .* got 'a'"):
+        from_hf(LITE | {"rope_scaling": no_factor | {"mscale": "a", "mscale_all_dim": "a"}})
+    with pytest.raises(InputError, match=r"rotary_dim of .* got 7; expected an even number"):
+        from_hf(LITE | {"qk_rope_head_dim": 7, "kv_lora_rank": 17, "rope_scaling": None})
+    with pytest.raises(InputError, match=r"latent: got Latent.*; expected sizes of 1 or more"):
+        Latent(rank=52, rotary_dim=-16, nope_dim=12, value_dim=8)
+    table = {"rope_type": "table", "table": [1.0, 2.0]}
+    with pytest.raises(InputError, match="a table of 2 entries; expected one for each of the 32"):
+        from_hf(LITE | {"rope_scaling": table})
     with pytest.raises(InputError, match="one KV head of the latent's width"):
         dataclasses.replace(from_hf(LITE), kv_heads=2, head_dim=64)
 
@@ -319,7 +331,7 @@ def test_one_rotary_head_loses_only_rotation_and_rank(llama, tmp_path):
         return decode_layers(one.params, one.config, ids, positions, attend, (None,))[0]
 
     expected, errors = hidden(model), []
-    for rank in (48, 12):
+    for rank in (48, 13):
         small = to_mla(model, moments, rank=rank, rope_heads=1)
         assert small.config.kv_bytes_per_token(1) == 3 * (rank + 16)
         errors.append(float(jnp.abs(hidden(small) - expected).mean()))
@@ -343,6 +355,44 @@ def test_only_llamas_are_converted(llama):
             to_mla(model, moments, rank=rank, rope_heads=heads)
     with pytest.raises(InputError, match="rope_heads: got 3; expected 1 to the 2 KV heads"):
         to_mla(model, moments, rank=8, rope_heads=3)
+    others = jnp.concatenate([moments, moments])
+    with pytest.raises(InputError, match=r"moments: got shape .*; expected \(3, 64, 64\)"):
+        to_mla(model, others, rank=8, rope_heads=1)
+    for spoilt in (moments.at[1, 0, 0].set(jnp.nan), moments.at[1, :32].set(0)):
+        with pytest.raises(InputError, match="moments: got NaN or infinity, or a layer whose"):
+            to_mla(model, spoilt, rank=8, rope_heads=1)
+
+
+def test_only_what_a_folder_can_say_is_saved(deepseek, tmp_path):
+    model, _, _ = deepseek
+    save_as = lambda folder, **fields: save(
+        dataclasses.replace(model, config=dataclasses.replace(model.config, **fields)), folder
+    )
+    again = load(save_as(tmp_path / "gelu", activation="gelu_tanh"), dtype="float32")
+    assert again.config == dataclasses.replace(model.config, name="gelu", activation="gelu_tanh")
+    with pytest.raises(InputError, match=r"got layer_map that its config\.json cannot say"):
+        save_as(tmp_path / "borrows", layer_map=(0, 0))
+    assert not (tmp_path / "borrows").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="got what holds files already"):
+        save_as(tmp_path / "file" / "below")
+    half = dataclasses.replace(
+        model, params=jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params)
+    )
+    again = load(save(half, tmp_path / "half"), dtype="bfloat16")
+    np.testing.assert_array_equal(again.params.runs[0].w_uk, half.params.runs[0].w_uk)
+    np.testing.assert_array_equal(again.params.runs[0].wq, half.params.runs[0].wq)
+
+
+def test_a_view_of_other_channels_is_refused(deepseek, llama):
+    """Under jit a cache takes values from the keys without a look at those it is given."""
+    config = deepseek[0].config
+    with pytest.raises(InputError, match="got values that are channels 0 to 9 of the keys"):
+        make_plan(config, Method(*latent(Dense(), 10, config.head_dim)))
+    view = Method(*latent(Dense(), 10, 16))
+    for methods in (view, (view,) * 3):
+        with pytest.raises(InputError, match="of llama, which are apart from the keys"):
+            make_plan(llama[0].config, methods)
 
 
 @pytest.mark.model
