@@ -126,7 +126,8 @@ class Outliers(Codec):
 
     def _join(self, code: OutliersCode, a: Array, b: Array) -> Array:
         rank = _rank(code.index, a.shape[-1] + b.shape[-1])[..., None, :]  # [..., 1, d]
-        return jnp.take_along_axis(jnp.concatenate([a, b], -1), rank, -1)
+        # Clipped: an empty slot names one channel many times, and what is not there would be NaN.
+        return jnp.take_along_axis(jnp.concatenate([a, b], -1), rank, -1, mode="clip")
 
 
 def _rank(index: Array, d: int) -> Array:

@@ -282,6 +282,25 @@ def test_logits_and_accumulate_are_dual_to_decode(name):
     check_laws(codec_of(name), pages(), queries(), weights())
 
 
+@functools.cache
+def compiled_blank():
+    def run(codec, p, code):
+        blank = jax.tree.map(jnp.zeros_like, code)
+        acc = jax.tree.map(lambda a: a.sum(2, keepdims=True), codec.accumulate(0 * p, blank))
+        return codec.restore(acc)
+
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@each
+def test_slots_without_a_page_add_nothing(name):
+    """A cache begins with zeros, which are read with weights of 0: NaN would outlive these."""
+    codec = codec_of(name)
+    shapes = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(pages().shape, jnp.float32))
+    blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    assert np.isfinite(compiled_blank()(codec, weights(), blank)).all()
+
+
 @each
 def test_transposing_reaches_every_leaf(name):
     """All words are turned, whatever holds them, and nothing but words."""
