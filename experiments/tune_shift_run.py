@@ -12,16 +12,32 @@ from ml_collections import ConfigDict
 from kvjax.core.errors import InputError
 from kvjax.models.load import Model, load
 from kvjax.models.tokenizer import Tokenizer
-from kvjax.train.answers import perplexities
+from kvjax.train.answers import Example, perplexities
 from kvjax.train.lora import Fitting, fit, with_lora
 from kvjax.train.tune_shift import Judged, answerer, example, expand, judge
 
 FRAME = domain.BEFORE, domain.AFTER
 
 
-def fitted(model: Model, tokenizer: Tokenizer, pairs, config: ConfigDict, seed: int, what: str):
-    """The model's weights after a fit to (prompt, answer) pairs."""
+def fitted(
+    model: Model,
+    tokenizer: Tokenizer,
+    pairs,
+    config: ConfigDict,
+    seed: int,
+    what: str,
+    *,
+    whole: bool = False,
+):
+    """The model's weights after a fit to (prompt, answer) pairs.
+
+    Args:
+      whole: to the prompts as well, so that the model can write more of them.
+    """
     examples = [example(tokenizer, *pair) for pair in pairs]
+    if whole:
+        texts = [e.prompt + e.answer for e in examples]
+        examples = [Example(ids[:1], ids[1:]) for ids in texts]
     fitting, begin = Fitting(**config.to_dict(), seed=seed), time.monotonic()
     for last in fit(model.params, model.config, examples, fitting):
         if last.step % max(1, fitting.steps // 8) == 0:
@@ -71,7 +87,9 @@ def run(config: ConfigDict) -> dict:
     rest = domain.general(config.rehearsed, skip=config.general)
     said = answerer(base.params, base.config, tokenizer, max_new=config.max_new)(rest)
     kept_up = [(p, a) for p, a in zip(rest, said, strict=True) if a]
-    tuned = fitted(base, tokenizer, taught + kept_up, config.tuning, config.seed, "tuning")
+    tuned = fitted(
+        base, tokenizer, taught + kept_up, config.tuning, config.seed, "tuning", whole=True
+    )
     truth = [example(tokenizer, *pair) for pair in kept]
     of = lambda params: float(np.exp(np.log(perplexities(params, base.config, truth)).mean()))
     pair_ppl = {"base": of(base.params), "tuned": of(tuned)}
