@@ -101,6 +101,7 @@ def get_for_model(
     *,
     layout: Layout | None = None,
     seed: int = 0,
+    params: Params | None = None,
 ) -> Method | tuple[Method, ...]:
     """Any method by name, calibrated or not, as `make_plan` takes it.
 
@@ -110,6 +111,8 @@ def get_for_model(
     `tuned:FILE` is the method that `kvjax tune` wrote into FILE, or into that folder, and
     `lowrank:FILE` what `kvjax lowrank` wrote, which needs no moments.
 
+    Args:
+      params: only a `lowrank:` file of those weights will do; moments are compared when loaded.
     Raises:
       InputError: an unknown name, a calibrated one without moments, or a file of other moments or
         of another model.
@@ -124,7 +127,7 @@ def get_for_model(
             )
         return latent_method(name, config.latent.rank, config.head_dim, layout=layout, seed=seed)
     if name.startswith(LOWRANK):
-        fitted, _ = load_low_rank(name.removeprefix(LOWRANK), config)
+        fitted, _ = load_low_rank(name.removeprefix(LOWRANK), config, params)
         layout = layout or Layout()
         return tuple(dataclasses.replace(m, layout=layout, name=name) for m in fitted)
     if name not in CALIBRATED and not name.startswith(TUNED):

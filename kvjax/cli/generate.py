@@ -90,7 +90,12 @@ def run(args: argparse.Namespace) -> int:
             if args.calibration is not None:
                 moments, about = load_moments(args.calibration, model.config, model.params)
             method = get_for_model(
-                args.method, model.config, moments, layout=layout, seed=args.seed
+                args.method,
+                model.config,
+                moments,
+                layout=layout,
+                seed=args.seed,
+                params=model.params,
             )
             plan = make_plan(model.config, method)
             ids = (

@@ -94,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
         if args.calibration is not None:
             moments, _ = load_moments(args.calibration, model.config, model.params)
         layout = options.layout_of(args)
-        made = get_for_model(method, model.config, moments, layout=layout, seed=args.seed)
+        made = get_for_model(
+            method, model.config, moments, layout=layout, seed=args.seed, params=model.params
+        )
         plan = make_plan(model.config, made)
         windows = list(model_windows(model, text, context=context, windows=count))
         others = _held_out(model, held_out[1]) if held_out else None  # told before hours of work

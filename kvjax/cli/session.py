@@ -181,7 +181,9 @@ def _method(settings: Settings, model: Model, layout) -> Method | tuple[Method, 
     moments = None
     if settings["calibration"] is not None:
         moments, _ = load_moments(settings["calibration"], model.config, model.params)
-    return get_for_model(settings["method"], model.config, moments, layout=layout)
+    return get_for_model(
+        settings["method"], model.config, moments, layout=layout, params=model.params
+    )
 
 
 def _check_minilm() -> None:

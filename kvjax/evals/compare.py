@@ -112,7 +112,9 @@ def compare(
 
 def _method(name: str, model: Model, settings: Settings) -> Method | tuple[Method, ...]:
     moments, layout = settings.calibration, settings.layout
-    return get_for_model(name, model.config, moments, layout=layout, seed=settings.seed)
+    return get_for_model(
+        name, model.config, moments, layout=layout, seed=settings.seed, params=model.params
+    )
 
 
 def scoring_block(plans: dict[str, Plan], settings: Settings) -> int:
