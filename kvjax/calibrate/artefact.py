@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from kvjax.calibrate import orbax_file
 from kvjax.calibrate.drift import SCALES
 from kvjax.calibrate.moments import Moments
+from kvjax.calibrate.tensors_file import write_tensors, writing
 from kvjax.core.errors import InputError
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Params
@@ -89,19 +89,11 @@ def save_moments(
     }
     facts = {"format": FORMAT, "version": VERSION, "provenance": dataclasses.asdict(provenance)}
     path = Path(folder).expanduser() / (FILE if format == "safetensors" else CHECKPOINT)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         if format == "orbax":
             orbax_file.write(path, tensors, facts)
         else:
-            _write_safetensors(path, tensors, facts)
-    except OSError as error:
-        raise InputError(
-            str(path),
-            got=error.strerror or str(error),
-            expected="a folder to write",
-            fix="choose another",
-        ) from error
+            write_tensors(path, tensors, facts)
     return path
 
 
@@ -159,13 +151,6 @@ def _find(path: Path) -> Path:
             fix="name the one to use, or delete the other",
         )
     return found[0] if found else path / FILE
-
-
-def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    # One key: the order of several would differ from run to run.
-    save_file(tensors, partial, {"kvjax": json.dumps(facts, sort_keys=True)})
-    os.replace(partial, path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from kvjax.calibrate.low_rank import ranks_of, subspace
+from kvjax.calibrate.tensors_file import write_tensors, writing
 from kvjax.codecs.serialize import dump, restore
 from kvjax.core.codec import Codec
 from kvjax.core.errors import InputError
@@ -73,18 +73,8 @@ def save_low_rank(
         "layers": specs,
     }
     path = Path(folder).expanduser() / FILE
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"kvjax": json.dumps(facts, sort_keys=True)})
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            str(path),
-            got=error.strerror or str(error),
-            expected="a folder to write",
-            fix="choose another",
-        ) from error
+    with writing(path):
+        write_tensors(path, tensors, facts)
     return path
 
 

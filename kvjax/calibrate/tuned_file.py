@@ -11,9 +11,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from kvjax.calibrate.moments import Moments
+from kvjax.calibrate.tensors_file import write_tensors, writing
 from kvjax.codecs import Linear, Matrix, RotaryMean
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
@@ -114,18 +114,8 @@ def save_tuned(tuned: Tuned, folder: str | os.PathLike, made: TunedFrom) -> Path
     tensors = {f.name: np.asarray(getattr(tuned, f.name)) for f in dataclasses.fields(Tuned)}
     facts = {"format": FORMAT, "version": VERSION, "provenance": dataclasses.asdict(made)}
     path = Path(folder).expanduser() / FILE
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"kvjax": json.dumps(facts, sort_keys=True)})
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            str(path),
-            got=error.strerror or str(error),
-            expected="a folder to write",
-            fix="choose another",
-        ) from error
+    with writing(path):
+        write_tensors(path, tensors, facts)
     return path
 
 
