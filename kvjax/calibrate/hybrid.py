@@ -28,6 +28,7 @@ from kvjax.codecs import (
     Linear,
     Matrix,
     Normalized,
+    Rotary,
     RotaryMean,
     Tiers,
     Trellis,
@@ -40,7 +41,7 @@ from kvjax.core.method import Method
 from kvjax.core.rng import fold
 
 Leaf = Literal["trellis", "lloyd_max"]
-Mean = Literal["rotary", "after_rope"]
+Mean = Literal["rotary", "after_rope", "pre_rope"]
 Metric = Literal["queries", "predictions"]
 
 # Of the Gram of the queries in a metric of predictions, which some thousand drawn labels leave
@@ -76,7 +77,8 @@ def klt(
       leaf: "trellis" runs paths along the tokens of a page for keys and along channels for values;
         "lloyd_max" is scalar.
       mean: "rotary" takes out the mean before RoPE, at each position turned; "after_rope" the plain
-        mean of the keys.
+        mean of the keys. "pre_rope" takes out the first and codes the keys as they were before
+        RoPE, see `Rotary`.
       metric: errors of keys cost what they do to logits ("queries": the Gram of the queries), or
         what they do to the model's predictions ("predictions": Fisher information, from
         `measure_sensitivity`).
@@ -97,7 +99,7 @@ def klt(
         )
     layers, _, d = moments.shape
     value_bits = bits if value_bits is None else value_bits
-    transform = metric_klt(key_cost(moments, metric), key_covariance(moments, mean))
+    transform = metric_klt(key_cost(moments, metric, mean), key_covariance(moments, mean))
     errors = TRELLIS_ERROR if leaf == "trellis" else LLOYD_MAX_ERROR
     if by_layer:
         widths = allocate_layers(transform.weight, bits, errors=errors, choices=choices)
@@ -119,33 +121,53 @@ def klt(
 
 def key_covariance(moments: Moments, mean: Mean) -> np.ndarray:
     """`[l, h, d, d]`: of keys about that mean, shrunk where few tokens were seen."""
-    cov = moments.key_cov_pre if mean == "rotary" else moments.key_cov
+    if mean == "pre_rope":
+        cov = _measured(moments.key_cov_pre_rope)
+    else:
+        cov = moments.key_cov_pre if mean == "rotary" else moments.key_cov
     return shrink(cov, moments.tokens)
 
 
 def without_mean(moments: Moments, layer: int, mean: Mean, inner: Codec) -> Codec:
     """`inner` on the keys of a layer less their mean, before RoPE or after it."""
     per_head = lambda a: jnp.asarray(a[layer], jnp.float32)[:, None, None]  # [h, 1, 1, d]
+    frequencies = jnp.asarray(moments.frequencies[layer], jnp.float32)
     if mean == "rotary":
-        frequencies = jnp.asarray(moments.frequencies[layer], jnp.float32)
         return RotaryMean(per_head(moments.key_mean_pre), frequencies, inner)
+    if mean == "pre_rope":
+        return Rotary(frequencies, Centered(per_head(moments.key_mean_pre), inner))
     return Centered(per_head(moments.key_mean), inner)
 
 
-def key_cost(moments: Moments, metric: Metric) -> np.ndarray:
+def key_cost(moments: Moments, metric: Metric, mean: Mean = "rotary") -> np.ndarray:
     """`[l, h, d, d]`: what errors of keys cost, in that metric."""
+    queries, fisher = moments.query_gram, moments.key_fisher
+    if mean == "pre_rope":
+        queries = _measured(moments.query_gram_pre_rope)
     if metric == "queries":
-        return moments.query_gram
-    if moments.key_fisher is None:
+        return queries
+    if fisher is None:
         raise InputError(
             "calibration",
             got="no sensitivities",
             expected="what errors of keys do to predictions",
             fix="calibrate with --gradients",
         )
+    if mean == "pre_rope":
+        fisher = _measured(moments.key_fisher_pre_rope)
     size = lambda a: np.trace(a, axis1=-2, axis2=-1)[..., None, None]
-    queries = moments.query_gram * (size(moments.key_fisher) / size(moments.query_gram))
-    return moments.key_fisher + SHRINK * queries
+    return fisher + SHRINK * queries * (size(fisher) / size(queries))
+
+
+def _measured(moment: np.ndarray | None) -> np.ndarray:
+    if moment is None:
+        raise InputError(
+            "calibration",
+            got="no moments of queries and keys before RoPE, as older ones",
+            expected="those that methods called pre-rope are fitted to",
+            fix="calibrate again",
+        )
+    return moment
 
 
 def _coded(widths: tuple[int, ...], weight: jax.Array, leaf: Leaf, gain: Gain) -> Codec:

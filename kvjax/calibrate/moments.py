@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.calibrate.drift import bucket_edges, bucket_sums, from_bucket, token_scales
+from kvjax.calibrate.turned import average
 from kvjax.core.errors import InputError
 from kvjax.models.causal import causal_attend
 from kvjax.models.config import ModelConfig, layer_runs
@@ -47,6 +48,10 @@ class Moments:
       key_scales, value_scales: `[l, h, 3, 2]`, mean and variance of a token's norm, of the natural
         log of it and of its largest magnitude (`drift.SCALES`): how much a scale per token is
         worth, and what it must cover. None, like all below, in calibrations that had none yet.
+      key_cov_pre_rope: `[l, h, d, d]`, of the keys before RoPE, about `key_mean_pre`.
+      query_gram_pre_rope: `[l, h, d, d]`, the Gram of queries as a key before RoPE meets them:
+        `R_s q` with q before RoPE, s from 0 to the window evenly, or to the layer's own.
+      key_fisher_pre_rope: `[l, h, d, d]`, what errors of keys before RoPE cost in predictions.
       bucket_edges: `[b + 1]`, the first position of each bucket of the window, and the end.
       key_bucket_mean: `[l, h, b, d]`, of the keys of a bucket. key_bucket_var: `[l, h, b]`, the
         trace of their covariance about it. `drift.drift_share` makes one number of them.
@@ -66,6 +71,9 @@ class Moments:
     frequencies: np.ndarray
     key_fisher: np.ndarray | None = None
     value_fisher: np.ndarray | None = None
+    key_cov_pre_rope: np.ndarray | None = None
+    query_gram_pre_rope: np.ndarray | None = None
+    key_fisher_pre_rope: np.ndarray | None = None
     key_scales: np.ndarray | None = None
     value_scales: np.ndarray | None = None
     bucket_edges: np.ndarray | None = None
@@ -126,7 +134,12 @@ def measure_moments(
     scales = {name: np.stack([first.pop(name), second.pop(name)], -1) for name in _SCALES}
     runs = layer_runs(config)
     per_run = [rope_frequencies(run, config.head_dim) for run in runs]
-    frequencies = np.repeat(per_run, [run.length for run in runs], axis=0)
+    frequencies = np.repeat(per_run, [run.length for run in runs], axis=0).astype(np.float64)
+    length = len(windows[0])
+    distances = np.array([min(sees or length, length) for sees in layer_windows(config)])
+    second["query_gram_pre_rope"] = average(
+        second["query_gram_pre_rope"] / config.q_per_kv, frequencies[:, None], distances[:, None]
+    )
     return Moments(
         tokens=counted,
         **first,
@@ -134,7 +147,7 @@ def measure_moments(
         **scales,
         bucket_edges=edges.astype(np.float64),
         out_gram=_out_gram(params, config),
-        frequencies=frequencies.astype(np.float64),
+        frequencies=frequencies,
     )
 
 
@@ -198,7 +211,10 @@ def _products(params: Params, config: ModelConfig, tokens: Array, centres) -> di
         gram = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         turning = rope(jnp.broadcast_to(centre["key_mean_pre"], k.shape), 1)
         apart = from_bucket(k, centre["key_bucket_mean"], edges)
-        q, k, v, out, turning = (a[SKIP:] for a in (q, k, v, out, turning))
+        still_k = rope(k, -1) - centre["key_mean_pre"]
+        still_q = rope(q.reshape(len(tokens), -1, config.head_dim), -1).reshape(q.shape)
+        some = (q, k, v, out, turning, still_q, still_k)
+        q, k, v, out, turning, still_q, still_k = (a[SKIP:] for a in some)
         outer = lambda x: gram("thd,the->hde", x, x)
         grouped = lambda x: gram("thgd,thge->hde", x, x)
         query = grouped(q)
@@ -209,6 +225,8 @@ def _products(params: Params, config: ModelConfig, tokens: Array, centres) -> di
             "query_gram": query,
             "key_cov": outer(k - centre["key_mean"]),
             "key_cov_pre": outer(k - turning),
+            "key_cov_pre_rope": outer(still_k),
+            "query_gram_pre_rope": grouped(still_q),
             "value_cov": outer(v - centre["value_mean"]),
             "output_gram": grouped(out),
             "value_proxy": gram("th,thd,the->hde", weight, v, v),
@@ -228,6 +246,11 @@ def _out_gram(params: Params, config: ModelConfig) -> np.ndarray:
         wo = np.asarray(layers.wo, np.float64).reshape(layers.wo.shape[0], *shape, -1)
         parts.append(np.einsum("lhgdw,lhgew->lhde", wo, wo, optimize=True))
     return np.concatenate(parts)
+
+
+def layer_windows(config: ModelConfig) -> list[int | None]:
+    """How far each layer sees, None for all."""
+    return [run.window for run in layer_runs(config) for _ in range(run.length)]
 
 
 def check_windows(windows: Sequence[np.ndarray], least: int, multiple: int = 1) -> None:

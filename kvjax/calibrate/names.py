@@ -66,6 +66,18 @@ CALIBRATED: dict[str, Calibrated] = {
         for b in (2, 3, 4)
     },
     **{f"klt-after-rope-{b}": _klt(b, mean="after_rope") for b in (2, 3, 4)},
+    **{f"klt-pre-rope-{b}": _klt(b, mean="pre_rope") for b in (2, 3, 4)},
+    **{
+        f"klt-fisher-pre-rope-{b}": _klt(b, metric="predictions", mean="pre_rope")
+        for b in (2, 3, 4)
+    },
+    **{
+        f"klt-layers-pre-rope-{b}": _klt(b, metric="predictions", mean="pre_rope", by_layer=True)
+        for b in (2, 3, 4)
+    },
+    **{
+        f"klt-lloyd-max-pre-rope-{b}": _klt(b, leaf="lloyd_max", mean="pre_rope") for b in (2, 3, 4)
+    },
     **{f"klt-lloyd-max-{b}": _klt(b, leaf="lloyd_max") for b in (2, 3, 4)},
     **{f"klt-layers-{b}": _klt(b, metric="predictions", by_layer=True) for b in (2, 3, 4)},
     **{f"klt-tiers-{b}": _tiers(b) for b in (2, 3)},

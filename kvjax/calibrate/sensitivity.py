@@ -54,7 +54,7 @@ def measure_sensitivity(
       moments: of the same model; lengths of keys are counted in their covariance.
       rng: for the labels. layout: which tokens are exact, by default sink 4 and recent 64.
     Returns:
-      The moments with `key_fisher` and `value_fisher`, `[l, h, d, d]`.
+      The moments with `key_fisher`, `key_fisher_pre_rope` and `value_fisher`, `[l, h, d, d]`.
     Raises:
       InputError: no windows, too short or odd ones, or NaN in a layer, named.
 
@@ -80,19 +80,25 @@ def measure_sensitivity(
             total[name] = total.get(name, 0.0) + np.asarray(a, np.float64) / len(windows)
     check_sums(total)
     return dataclasses.replace(
-        moments, key_fisher=total["key_fisher"], value_fisher=total["value_fisher"]
+        moments,
+        key_fisher=total["key_fisher"],
+        key_fisher_pre_rope=total["key_fisher_pre_rope"],
+        value_fisher=total["value_fisher"],
     )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _window(params: Params, config: ModelConfig, layout: Layout, tokens: Array, known, rng: Array):
-    """`{key_fisher, value_fisher}`, `[l, h, d, d]`, of one window."""
+    """The three metrics, `[l, h, d, d]`, of one window."""
     t, h, d = tokens.shape[0], config.kv_heads, config.head_dim
+
+    def turned(run, x, sign):
+        cos, sin = rope_angles(run, d, jnp.arange(t))  # [t, d/2]
+        return apply_rope(x, cos[:, None], sign * sin[:, None])
 
     def squared_lengths(run, k, v, known):
         key_metric, key_mean, value_size = known
-        cos, sin = rope_angles(run, d, jnp.arange(t))  # [t, d/2]
-        rest = k - apply_rope(jnp.broadcast_to(key_mean, (t, h, d)), cos[:, None], sin[:, None])
+        rest = k - turned(run, jnp.broadcast_to(key_mean, (t, h, d)), 1)
         key_length = jnp.einsum("thd,hde,the->th", rest, key_metric, rest)
         return jnp.stack([key_length, (v**2).sum(-1) / value_size])  # [2, t, h]
 
@@ -100,8 +106,14 @@ def _window(params: Params, config: ModelConfig, layout: Layout, tokens: Array, 
         params, config, layout, tokens, rng, squared_lengths, known
     )
     gram = functools.partial(jnp.einsum, "lth,lthd,lthe->lhde", precision="highest")
-    key, value = (gram(lengths[:, i] / t, g, g) for i, g in enumerate(gradients))
-    return {"key_fisher": key, "value_fisher": value}
+    key, value = gradients
+    runs = [run for run in layer_runs(config) for _ in range(run.length)]
+    before = jnp.stack([turned(run, g, -1) for run, g in zip(runs, key, strict=True)])
+    return {
+        "key_fisher": gram(lengths[:, 0] / t, key, key),
+        "key_fisher_pre_rope": gram(lengths[:, 0] / t, before, before),
+        "value_fisher": gram(lengths[:, 1] / t, value, value),
+    }
 
 
 def error_gradients(

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.calibrate.artefact import Provenance, save_moments
     from kvjax.calibrate.drift import drift_summary
     from kvjax.calibrate.klt import shrinkage
-    from kvjax.calibrate.moments import measure_moments
+    from kvjax.calibrate.moments import layer_windows, measure_moments
     from kvjax.calibrate.sensitivity import measure_sensitivity
     from kvjax.calibrate.served import at_positions
     from kvjax.cli.compare import write_json
@@ -103,7 +103,13 @@ def run(args: argparse.Namespace) -> int:
                 model.params, model.config, list(cut), moments, rng=rng, progress=report
             )
     if positions is not None:
-        moments = at_positions(moments, context, positions, gradient_window=GRADIENT_CONTEXT)
+        moments = at_positions(
+            moments,
+            context,
+            positions,
+            gradient_window=GRADIENT_CONTEXT,
+            layer_windows=layer_windows(model.config),
+        )
     layers, heads, d = moments.shape
     if moments.tokens < 8 * d:
         print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import statistics
 import sys
@@ -13,7 +14,14 @@ from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 
 LAYOUT = ("sink", "recent", "page")
-_DEFAULTS = {"rank": 16, "rate": 2e-3, "anchor": 0.0, "context": 1024, "held_out": None}
+_DEFAULTS = {
+    "rank": 16,
+    "rate": 2e-3,
+    "anchor": 0.0,
+    "context": 1024,
+    "held_out": None,
+    "save_model": None,
+}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +41,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=int, help="tokens of a window, one per step (1024)")
     group.add_argument(
         "--held-out", metavar="FILE", help="another text: KL before and after, through real pages"
+    )
+    group.add_argument(
+        "--save-model",
+        metavar="FOLDER",
+        help="also write the trained model there, a new folder for --model of all commands",
     )
     options.add_layout(parser)
 
@@ -59,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from kvjax.evals.text import model_windows, read_docstrings, read_text, same_text
     from kvjax.generate.plan import make_plan
     from kvjax.models.load import load
-    from kvjax.train import Training, train_saving
+    from kvjax.models.save import check_new, save
+    from kvjax.train import Training, adapt, train_saving
 
     for name, value in _DEFAULTS.items():
         if getattr(args, name) is None:
@@ -85,6 +99,15 @@ def run(args: argparse.Namespace) -> int:
             expected="another text",
             fix="test on a text that played no part",
         )
+    if args.save_model is not None:
+        if args.books:
+            raise InputError(
+                "--save-model",
+                got="--books, whose levels are not in the model",
+                expected="one of the two",
+                fix="leave --books out, or load the adapter from --out with kvjax.train",
+            )
+        check_new(args.save_model)
     folder = options.out_folder(args.out or "runs/qat")
     options.use_compilation_cache()
     with options.progress() as report:
@@ -110,6 +133,11 @@ def run(args: argparse.Namespace) -> int:
             before, done = now, int(last.step)
             report(f"step {done} of {training.steps}, KL {float(last.losses[done - 1]):.4f}")
         assert last is not None
+        if args.save_model is not None:
+            save(
+                dataclasses.replace(model, params=adapt(last.adapter, model.params)),
+                args.save_model,
+            )
         found = {} if others is None else _measure(model, plan, last.adapter, others, report)
     losses = last.losses.tolist()
     tenth = max(1, training.steps // 10)
@@ -138,7 +166,8 @@ def run(args: argparse.Namespace) -> int:
             f"({kl[1] / kl[0] - 1:+.0%}) at {found['bits_per_value']:.2f} bits; full cache: "
             f"perplexity {ppl[0]:.3f} -> {ppl[1]:.3f} ({ppl[1] / ppl[0] - 1:+.2%})"
         )
-    print(f"wrote {folder / 'qat.json'}, {folder / 'state'}")
+    wrote = [folder / "qat.json", folder / "state", args.save_model]
+    print("wrote " + ", ".join(str(path) for path in wrote if path))
     return 0
 
 
@@ -162,8 +191,6 @@ def _held_out(model, text: str):
 
 def _measure(model, plan, adapter, windows, report) -> dict:
     """Before and after on a text that played no part: through real packed caches, and full ones."""
-    import dataclasses
-
     import numpy as np
 
     from kvjax.evals.compare import Settings, quality, scoring_block, sizes

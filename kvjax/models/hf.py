@@ -46,6 +46,18 @@ _GEMMA_LAYER = {
 }
 
 
+def layer_names(config: ModelConfig) -> dict[str, str]:
+    """Tensor names, within a layer, of the decoder's leaves."""
+    if config.latent is not None:
+        return {**LAYER_NAMES, **hf_latent.names(config.latent)}
+    return _GEMMA_LAYER if config.arch == "gemma3" else LAYER_NAMES
+
+
+def norm_offset(config: ModelConfig) -> bool:
+    """Whether stored norm weights lack the 1 that is added."""
+    return config.arch == "gemma3"
+
+
 class HFFolder:
     """A folder with config.json and safetensors; a weight source for `kvjax.models.load`.
 
@@ -58,11 +70,10 @@ class HFFolder:
         config_path = self.path / "config.json"
         data = read_json(config_path)
         self.config = from_hf(data, self.path.name, str(config_path))
-        self.norm_offset = self.config.arch == "gemma3"
-        self._layer = _GEMMA_LAYER if self.norm_offset else LAYER_NAMES
+        self.norm_offset = norm_offset(self.config)
+        self._layer = layer_names(self.config)
         self._latent = self.config.latent
         if self._latent is not None:
-            self._layer = {**LAYER_NAMES, **hf_latent.names(self._latent)}
             self._pairs = bool(data.get("rope_interleave", True))
         files = sorted(self.path.glob("*.safetensors"))
         index = self.path / "model.safetensors.index.json"

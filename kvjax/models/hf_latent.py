@@ -28,7 +28,6 @@ NAMES = {
     "wv": VALUES,
 }
 _PLAIN_Q = {"wq": "self_attn.q_proj.weight"}
-_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # as config.json names ours
 _LOW_RANK_Q = {
     "w_dq": "self_attn.q_a_proj.weight",
     "q_norm": "self_attn.q_a_layernorm.weight",
@@ -97,7 +96,7 @@ def join_up(config: ModelConfig, keys: np.ndarray | None, values: np.ndarray) ->
 
 
 def read_config(c: Any) -> Latent:
-    """Latent attention as DeepSeek's configs describe it, or `config_json`.
+    """Latent attention as DeepSeek's configs describe it, or `hf_json.config_json`.
 
     Args:
       c: a section of the file, of `hf_config`.
@@ -147,48 +146,6 @@ def yarn(c: Any, s: Any) -> RopeScaling:
     span = max(high - low, 1e-3)
     stretched = [min(max((i - low) / span, 0.0), 1.0) for i in range(dim // 2)]
     return RopeScaling("table", table=tuple(1 / (1 - x + x / factor) for x in stretched))
-
-
-def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in halves, for `from_hf`."""
-    latent = config.latent
-    assert latent is not None
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {}
-    if scaling is not None:
-        rope = {
-            "rope_type": scaling.kind,
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_positions,
-            "table": list(scaling.table),
-        }
-    return {
-        "model_type": "kvjax_mla",
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.layers,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_attention_heads": config.q_heads,
-        "kv_lora_rank": latent.rank,
-        "q_lora_rank": latent.q_rank,
-        "qk_rope_head_dim": latent.rotary_dim,
-        "qk_rope_heads": latent.rotary_heads,
-        "qk_nope_head_dim": latent.nope_dim,
-        "v_head_dim": latent.value_dim,
-        "latent_norm": latent.norm,
-        "rope_interleave": False,
-        "attention_scale": config.attention_scale,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope or None,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": _ACTIVATIONS[config.activation],
-        "bos_token_id": config.bos_id,
-        "eos_token_id": list(config.eos_ids),
-    }
 
 
 def _halves(latent: Latent, rows: np.ndarray) -> np.ndarray:

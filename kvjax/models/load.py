@@ -23,7 +23,7 @@ from kvjax.models.gguf_file import GGUFFile
 from kvjax.models.hf import HFFolder
 from kvjax.models.tokenizer import Tokenizer
 
-_NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm", "post_attn_norm", "post_mlp_norm")
+NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm", "post_attn_norm", "post_mlp_norm")
 
 
 class WeightSource(Protocol):
@@ -191,7 +191,7 @@ def _put(weight: np.ndarray, dtype: Any) -> jax.Array:
 
 def _stack(source, config, leaf, shape, run: Run, dtype) -> jax.Array:
     """One leaf over the layers of a run: [l, in, out] for matrices, [l, n] for vectors."""
-    norm = leaf in _NORMS
+    norm = leaf in NORMS
     out = np.empty((run.length, *shape[::-1]), np.float32 if norm else dtype)
     for i in range(run.length):
         out[i] = source.leaf(config, leaf, source.name_of(leaf, run.start + i)).T

@@ -16,7 +16,8 @@ from kvjax.calibrate.hybrid import klt
 from kvjax.calibrate.moments import Moments, measure_moments
 from kvjax.calibrate.names import get_calibrated
 from kvjax.calibrate.sensitivity import measure_sensitivity
-from kvjax.codecs import Centered, Dropped, RotaryMean
+from kvjax.codecs import Centered, Dropped, Rotary, RotaryMean
+from kvjax.codecs.rotary_mean import turn
 from kvjax.core.errors import InputError
 from kvjax.generate import generate, make_plan
 from kvjax.methods.describe import code_bits
@@ -95,6 +96,36 @@ def test_tiers_have_the_loop_of_plain_codes():
             ):
                 widths.add(getattr(codec, "bits", 0) if type(codec).__name__ == "Codebook" else 0)
             assert widths <= {0, 2, 4}
+
+
+PRE_ROPE = ("klt-pre-rope-3", "klt-fisher-pre-rope-3", "klt-lloyd-max-pre-rope-3")
+
+
+@pytest.mark.parametrize("name", PRE_ROPE)
+def test_keys_before_rope_are_coded_alike_at_any_position(name):
+    key = get_calibrated(name, moments(), layout=LAYOUT)[0].key
+    assert isinstance(key, Rotary)
+    d = model().config.head_dim
+    still = jax.random.normal(jax.random.key(3), (2, 16, d)) + key.inner.mean[:, 0]
+
+    def error(start):
+        positions = start + jnp.arange(16)
+        x = turn(still, positions[:, None] * key.frequencies)
+        back = key.decode(key.encode(x, jnp.broadcast_to(positions, (2, 16))))
+        return turn(back, -positions[:, None] * key.frequencies) - still
+
+    near, far = error(0), error(3000)
+    assert 0.05 < float((near**2).mean()) < 2
+    # Codes are the same but for keys at the border between two.
+    assert float(jnp.median(abs(near - far))) < 1e-3
+
+
+def test_older_calibrations_have_nothing_before_rope():
+    for name in ("key_cov_pre_rope", "query_gram_pre_rope", "key_fisher_pre_rope"):
+        old = dataclasses.replace(moments(), **{name: None})
+        with pytest.raises(InputError, match="before RoPE, as older ones"):
+            get_calibrated("klt-layers-pre-rope-2", old)
+        get_calibrated("klt-layers-tiers-2", old)
 
 
 def test_value_bits_may_be_broken():

@@ -83,6 +83,21 @@ def derotated(arch: str, k: np.ndarray) -> np.ndarray:
     return np.concatenate([pairs.real, pairs.imag], -1)
 
 
+def grouped_derotated(arch: str) -> np.ndarray:
+    """Queries before RoPE, `[n, l, t, h, g, d]`."""
+    q = recorded(arch)[0]
+    flat = q.reshape(*q.shape[:3], -1, q.shape[-1])
+    return derotated(arch, flat).reshape(q.shape)
+
+
+def turned_pairs(x: np.ndarray, turns: np.ndarray):
+    """The two halves of x turned by each row of angles."""
+    first, second = np.split(x, 2, -1)
+    for angles in turns:
+        pairs = (first + 1j * second) * np.exp(1j * angles)
+        yield pairs.real, pairs.imag
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_moments_are_those_of_the_recorded_tokens(arch):
     q, k, v, out = (a[:, :, SKIP:] for a in recorded(arch))
@@ -105,6 +120,13 @@ def test_moments_are_those_of_the_recorded_tokens(arch):
     # Turning keeps lengths: the traces of what the two frames leave are equal.
     trace = np.trace(made.key_cov_pre, axis1=-2, axis2=-1)
     close(trace, (rest_pre**2).sum((0, 2, 4)) / n)
+    close(made.key_cov_pre_rope, gram(rest_pre))
+    still, count = grouped_derotated(arch)[:, :, SKIP:], n * g
+    for layer, run in enumerate(r for r in layer_runs(model(arch).config) for _ in range(r.length)):
+        turns = np.outer(np.arange(min(run.window or T, T)), made.frequencies[layer])  # [s, d/2]
+        met = [np.concatenate(to, -1) for to in turned_pairs(still[:, layer], turns)]
+        oracle = sum(np.einsum("nthgd,nthge->hde", x, x) for x in met) / count / len(met)
+        close(made.query_gram_pre_rope[layer], oracle)
     for name in ("key_cov", "key_cov_pre", "value_cov", "query_gram", "out_gram", "value_proxy"):
         a = getattr(made, name)
         close(a, a.swapaxes(-1, -2))

@@ -61,6 +61,15 @@ def lengths(config, moments: Moments, layer, k, v):
     return out
 
 
+def turned(config, x):
+    """RoPE on `[l, t, h, d]`, in complex numbers."""
+    runs = [r for r in layer_runs(config) for _ in range(r.length)]
+    angles = np.stack([np.outer(np.arange(T), rope_frequencies(r, config.head_dim)) for r in runs])
+    first, second = np.split(x, 2, -1)
+    pairs = (first + 1j * second) * np.exp(1j * angles)[:, :, None]
+    return np.concatenate([pairs.real, pairs.imag], -1)
+
+
 def predictions(arch: str, tokens, noise):
     """Log-probabilities where queries see packed tokens with `noise: [2, l, t, h, d]` added."""
     params, config = model(arch).params, model(arch).config
@@ -88,11 +97,16 @@ def predictions(arch: str, tokens, noise):
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
-@pytest.mark.parametrize("side", [0, 1], ids=["keys", "values"])
-def test_it_predicts_the_kl_of_small_noise(arch, side):
+@pytest.mark.parametrize("noisy", ["key", "value", "key before RoPE"])
+def test_it_predicts_the_kl_of_small_noise(arch, noisy):
     config, moments = model(arch).config, measured(arch)
     run = jax.jit(functools.partial(predictions, arch))
-    fisher = (moments.key_fisher, moments.value_fisher)[side]
+    side = int(noisy == "value")
+    fisher = {
+        "key": moments.key_fisher,
+        "value": moments.value_fisher,
+        "key before RoPE": moments.key_fisher_pre_rope,
+    }[noisy]
     rng = np.random.default_rng(5)
     d = config.head_dim
     # Uneven noise, so that a transposed or averaged matrix would show.
@@ -110,10 +124,12 @@ def test_it_predicts_the_kl_of_small_noise(arch, side):
         for _ in range(3):
             noise = np.einsum("lthe,lhde->lthd", rng.normal(size=shape), root)
             noise *= size * np.sqrt(np.stack(scale))[..., None]
+            if noisy == "key before RoPE":
+                noise = turned(config, noise)
             both = np.zeros((2, *shape))
             both[side] = noise
-            noisy, _ = run(tokens, jnp.asarray(both, jnp.float32))
-            found.append(float((jnp.exp(clean) * (clean - noisy)).sum(-1).mean()))
+            changed, _ = run(tokens, jnp.asarray(both, jnp.float32))
+            found.append(float((jnp.exp(clean) * (clean - changed)).sum(-1).mean()))
     # Labels are drawn, so the information itself is known to some 10 % only.
     assert np.mean(found) == pytest.approx(1e-4, rel=0.25)
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from kvjax.calibrate.moments import Moments
-from kvjax.calibrate.served import at_positions, average, average_mean
+from kvjax.calibrate.served import at_positions
+from kvjax.calibrate.turned import average, average_mean
 from kvjax.core.errors import InputError
 
 WINDOW, SERVED = 8, 40
+SEES = np.array([5, 1000])  # tokens that each layer sees
 FREQUENCIES = np.array([[1.0, 0.11, 0.003, 0.0], [2 * np.pi, 0.5, 1e-9, 0.04]])  # [l, d / 2]
 
 
@@ -55,6 +57,9 @@ def moments_of(keys: np.ndarray, pre: np.ndarray, queries: np.ndarray) -> Moment
         "key_fisher": 2 * cov(queries),
         "frequencies": FREQUENCIES,
         "value_cov": cov(queries),
+        "query_gram_pre_rope": average(
+            cov(queries), FREQUENCIES[:, None], np.minimum(SEES, WINDOW)[:, None]
+        ),
     }
     return Moments(**{**blank, **parts})
 
@@ -76,6 +81,23 @@ def test_moments_are_those_of_windows_that_begin_everywhere():
     for name in ("query_gram", "key_cov"):
         values = np.linalg.eigvalsh(getattr(got, name))
         assert values.min() > 0
+
+
+def test_keys_before_rope_are_met_from_further_away():
+    """A uniform distance within the window plus a uniform start; no further than a layer sees."""
+    x = np.random.default_rng(3).normal(size=(2, 5, 8))
+    moments = moments_of(x, x, x)
+    got = at_positions(moments, WINDOW, SERVED, layer_windows=[5, None]).query_gram_pre_rope
+    np.testing.assert_allclose(got[0], moments.query_gram_pre_rope[0], rtol=1e-12)
+    gram = x[1].T @ x[1] / 5
+    eye, total = np.eye(8), np.zeros((8, 8))
+    for distance in range(WINDOW):
+        for start in range(SERVED - WINDOW + 1):
+            turn = turned(eye, FREQUENCIES[1] * (distance + start)).T
+            total += turn @ gram @ turn.T
+    np.testing.assert_allclose(got[1, 0], total / WINDOW / (SERVED - WINDOW + 1), atol=1e-10)
+    everywhere = at_positions(moments, WINDOW, SERVED).query_gram_pre_rope
+    assert not np.allclose(everywhere[0], got[0], rtol=0.1)
 
 
 def test_no_more_positions_than_were_seen_change_nothing():

@@ -5,6 +5,7 @@ import json
 from memory_model import tiny_model
 
 from kvjax.cli.main import main
+from kvjax.models.load import load
 
 
 def test_training_for_a_method(tmp_path, capsys):
@@ -14,9 +15,21 @@ def test_training_for_a_method(tmp_path, capsys):
     command = ["tune", "--qat", "--model", str(model), "--method", "int3"]
     command += ["--text", str(text), "--tokens", "512", "--context", "128", "--steps", "4"]
     command += ["--page", "16", "--recent", "16", "--out", str(tmp_path / "out")]
-    for _ in range(2):
-        assert main(command) == 0
+    trained = tmp_path / "trained"
+    assert main(command) == 0
+    assert main([*command, "--save-model", str(trained)]) == 0
     told = capsys.readouterr()
+    before, after = load(model, dtype="float32"), load(trained, dtype="float32")
+    apart = lambda leaf: float(abs(getattr(after.params.runs[0], leaf) - before_of(leaf)).max())
+    before_of = lambda leaf: getattr(before.params.runs[0], leaf)
+    assert apart("wk") > 1e-4 < apart("wv")
+    assert apart("wq") == apart("w_up") == 0
+    assert main([*command, "--save-model", str(trained)]) == 2
+    assert "expected a new folder" in capsys.readouterr().err
+    assert main([*command, "--save-model", str(tmp_path / "new"), "--books"]) == 2
+    assert "--save-model: got --books" in capsys.readouterr().err
+    assert main(["tune", "--save-model", "x"]) == 2
+    assert "--save-model: got given without --qat" in capsys.readouterr().err
     assert "int3, 4 steps: KL in the first tenth of them" in told.out
     assert "4 of 4 steps are there" in told.err
     found = json.loads((tmp_path / "out" / "qat.json").read_text())
