@@ -23,6 +23,7 @@ Writes config.json, stamp.json, metrics.jsonl, metrics.json and table.txt into `
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -104,12 +105,12 @@ def main(argv: list[str]) -> None:
     print(f"wrote {folder / 'metrics.json'}, table.txt")
 
 
-_HEAD = f"{'choice':24} {'recall':>7} {'KL':>8} {'+-':>7} {'tokens':>7} {'MFLOP':>7} {'MB read':>8}"
+_HEAD = f"{'choice':32} {'recall':>7} {'KL':>8} {'+-':>7} {'tokens':>7} {'MFLOP':>7} {'MB read':>8}"
 
 
 def _line(row: Row) -> str:
     return (
-        f"{row['name']:24} {row['recall']:7.4f} {row['kl']:8.5f} {row['kl_error']:7.5f} "
+        f"{row['name']:32} {row['recall']:7.4f} {row['kl']:8.5f} {row['kl_error']:7.5f} "
         f"{row['tokens']:7.0f} {row['attention_mflop']:7.1f} {row['read_mb']:8.3f}"
     )
 
@@ -122,7 +123,8 @@ class Bench:
         self.model = load_readable(config.model)
         self.layers = len(seeing_all(self.model.config))
         windows = {"k": config.k, "sink": config.sink, "recent": config.recent}
-        self.choice, self.pages = Choice(**windows), Choice(**windows, page=config.page)
+        self.choice = Choice(**windows)
+        self.pages = dataclasses.replace(self.choice, page=config.page)
         dense = "D" * min(config.dense, self.layers - 1)
         self.start = dense + "F" * (self.layers - len(dense))
         self.about: Row = {"model": self.model.config.name}
@@ -151,11 +153,14 @@ class Bench:
         if config.shared_steps:
             own = self.train_shared(indexers, observed[:-1], best)
             yield self.measure("shared, best, trained", best, chooser=by_index, own=own)
-        yield self.measure("pages (Quest)", self.start, chooser=by_page_bounds, pages=True)
-        yield self.measure("pages, most attention", self.start, chooser=by_attention, pages=True)
-        yield self.measure("tokens, most attention", self.start, chooser=by_attention)
-        every = "F" * self.layers
-        yield self.measure("the same, no dense layer", every, chooser=by_attention)
+        for whose, by_head in (("", False), (" of each KV head", True)):
+            with_pages = {"choice": dataclasses.replace(self.pages, by_head=by_head)}
+            tokens = {"choice": dataclasses.replace(self.choice, by_head=by_head)}
+            bounds, best = {"chooser": by_page_bounds}, {"chooser": by_attention}
+            yield self.measure(f"pages{whose} (Quest)", self.start, **bounds, **with_pages)
+            yield self.measure(f"best pages{whose}", self.start, **best, **with_pages)
+            yield self.measure(f"best tokens{whose}", self.start, **best, **tokens)
+        yield self.measure("best tokens, no dense layer", "F" * self.layers, **best)
 
     def train(self) -> tuple[Indexer, list[Any]]:
         """Indexers of all layers, and what was observed; its last window is not trained on."""
@@ -239,10 +244,10 @@ class Bench:
             **options,
         )
 
-    def measure(self, name: str, pattern: str, *, chooser, own=None, pages: bool = False) -> Row:
+    def measure(self, name: str, pattern: str, *, chooser, own=None, choice=None) -> Row:
         stretches, history, exact = self.evaluated
         config, width = self.config, exact.shape[-1]
-        choice = self.pages if pages else self.choice
+        choice = choice or self.choice
         found = self._pass(stretches, history, chooser, choice, own=own, pattern=pattern)
         pair = exact.reshape(-1, width), found.hidden.reshape(-1, width)
         kl = next_token_kl(self.model.params, self.model.config, *pair)

@@ -153,7 +153,7 @@ def _restricted(params, config, tokens, starts, history, kinds, own, chooser, ch
                 seen, (_, q, at) = block
                 weights = attention_weights(q, k, at, window)  # [h, g, s, t]
                 if window is None:
-                    weights = jnp.where(seen | (kind == DENSE), weights, 0.0)
+                    weights = jnp.where(seen[:, None] | (kind == DENSE), weights, 0.0)
                 mass = weights.sum(-1, keepdims=True)
                 out = jnp.einsum("hgst,thd->shgd", (weights / mass).astype(v.dtype), v)
                 return out, mass.mean((0, 1))[:, 0]
@@ -164,7 +164,8 @@ def _restricted(params, config, tokens, starts, history, kinds, own, chooser, ch
         masks, out, recall = jax.lax.map(stretch, (starts, masks, x, q, k, v))
         return out, masks, recall
 
-    masks = jnp.zeros((b, n // step, step, t), bool)
+    choices = config.kv_heads if choice.by_head else 1
+    masks = jnp.zeros((b, n // step, choices, step, t), bool)
     pasts = [None] * len(runs) if history is None else [(h.x, h.key, h.value) for h in history]
     xs = list(zip(_by_run(config, (kinds, own)), pasts, strict=True))
     positions = starts[:, None] + jnp.arange(n)

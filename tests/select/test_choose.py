@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from kvjax.core.errors import InputError
 from kvjax.select import (
     Choice,
     by_attention,
+    by_index,
     by_page_bounds,
     choose_tokens,
     mask_of,
@@ -110,7 +113,7 @@ def test_tokens_to_come_have_no_say(choose):
     seen, other = (
         np.asarray(
             choose(None, jnp.asarray(a, jnp.float32), None, choice)(None, jnp.asarray(q), at)
-        )
+        )[0]
         for a in (k, later)
     )
     np.testing.assert_array_equal(seen[:42], other[:42])
@@ -118,6 +121,28 @@ def test_tokens_to_come_have_no_say(choose):
     assert not np.triu(seen, 1).any()
     assert (seen[24:].sum(-1) <= 24).all()
     assert all(seen[t, t - 3 : t + 1].all() and seen[t, :2].all() for t in range(4, 64))
+
+
+@pytest.mark.parametrize(
+    ("choose", "page"), [(by_attention, None), (by_attention, 4), (by_page_bounds, 4)]
+)
+def test_heads_that_choose_for_themselves(choose, page):
+    """As a layer with that head alone would."""
+    rng = np.random.default_rng(5)
+    k, q = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((64, 2, 8), (64, 2, 3, 8)))
+    at, alone = jnp.arange(64), Choice(k=24, sink=2, recent=4, page=page)
+    together = dataclasses.replace(alone, by_head=True)
+    found = np.asarray(choose(None, k, None, together)(None, q, at))
+    assert found.shape == (2, 64, 64)
+    for h in range(2):
+        one = choose(None, k[:, h : h + 1], None, alone)(None, q[:, h : h + 1], at)
+        np.testing.assert_array_equal(found[h], one[0])
+    assert (found[0] != found[1]).any()
+
+
+def test_an_indexer_has_one_choice():
+    with pytest.raises(InputError, match="choice: got by_head, with an indexer"):
+        by_index(None, None, None, Choice(by_head=True))
 
 
 def test_page_scores_are_a_mean_of_softmaxes():

@@ -21,6 +21,7 @@ from kvjax.select import (
     IndexTraining,
     Observed,
     append_index,
+    by_attention,
     by_index,
     index_keys,
     index_queries,
@@ -252,6 +253,18 @@ def test_a_choice_of_everything_is_the_model(gemma):
     )
     assert (np.asarray(few.recall) < 0.99).any()
     assert np.abs(np.asarray(few.hidden - found.hidden)).max() > 1e-3
+    best = {
+        by_head: restricted_pass(
+            model.params,
+            config,
+            stretches,
+            choice=Choice(k=4, sink=1, recent=2, by_head=by_head),
+            **(options | {"chooser": by_attention}),
+        )
+        for by_head in (False, True)
+    }
+    means = [float(best[by_head].recall[0].mean()) for by_head in (False, True)]  # of one input
+    assert float(few.recall[0].mean()) < means[0] < means[1] < 1
     for wrong in ((16,), (-1, 40), (16, 57)):  # the last would read beyond the text
         with pytest.raises(InputError, match="starts"):
             restricted_pass(
