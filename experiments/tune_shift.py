@@ -5,8 +5,9 @@ Question: TuneShift-KD (arXiv 2603.24518) on a pair made here: a base model, the
 Command:  python experiments/tune_shift.py --config=configs/tune_shift.py
           (tiny, with random weights: --config=configs/tune_shift.py:tiny)
 Cost:     about 20 minutes on two CPU cores, most of it two fits of low-rank changes.
-Expected: selection precision 0.94 on questions asked in ways that were not trained on. The third
-          model's perplexity should fall; in the one full run it rose, see docs/results-log.md.
+Expected: selection precision 0.89, recall 0.97 on questions asked in ways that were not trained
+          on; the third model's perplexity of the true answers from 204 to 40, nearly all of it
+          from the eight seeds: of 31 prompts that the tuned model wrote one was of the domain.
 
 1. Fits low-rank changes of the base model to questions about the harbour: the tuned model. Among
    them are general questions with the base's own answers: without these the tuned model speaks of

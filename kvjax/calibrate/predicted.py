@@ -55,8 +55,9 @@ def signal(moments: KeyMoments) -> np.ndarray:
 def bound_db(moments: KeyMoments, bits: float) -> np.ndarray:
     """`[l, h]`: the least logit error at `bits` per coordinate, in dB of the logit variance.
 
-    No normal keys with these moments can be coded better, and no others are harder. Their mean is
-    free, before RoPE or after it: of the two, the one that leaves less.
+    No normal keys with these moments can be coded better after RoPE, and no others are harder.
+    Their mean is free, before RoPE or after it: of the two, the one that leaves less. A codec that
+    undoes RoPE (`Rotary`) has other moments, and another bound.
 
     Raises:
       InputError: bits that are not positive.
