@@ -21,6 +21,8 @@ def get_config(variant: str = "full") -> ConfigDict:
                 *each("centred-", 4, 3, 2), *each("balanced-", 4, 3, 2),
                 *each("klt-lloyd-max-", 4, 3, 2), *each("klt-", 4, 3, 2),
                 *each("klt-fisher-", 4, 3, 2), *each("klt-layers-", 4, 3, 2),
+                *each("klt-pre-rope-", 3, 2), *each("klt-fisher-pre-rope-", 3, 2),
+                *each("klt-layers-pre-rope-", 3, 2),
                 *each("klt-layers-tiers-", 3, 2), "oscar-canalized-2", "quarot-4",
             ),
             "transfer_methods": ("turboquant-2", "oscar", "klt-2", "klt-layers-2"),

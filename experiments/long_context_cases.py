@@ -16,7 +16,8 @@ from kvjax.models.config import ModelConfig, known_configs
 
 PARTS = ("needles", "speed", "text")
 RUN = "run"  # of a line: what another run of the same case has otherwise, times above all
-# What these are made of is not known of a drawn layer: how its model weighs values and outputs.
+# What these are made of is not known of a drawn layer: how its model weighs values and outputs (and
+# for methods before RoPE what its keys and queries are there).
 _UNKNOWN = ("oscar", "klt-fisher", "klt-layers", "tuned:")
 
 Row = dict[str, Any]
@@ -57,11 +58,11 @@ def all_cases(config: Any) -> list[Case]:
             raise InputError("parts", got=repr(part), expected=known(PARTS), fix="use these")
     for name in (*config.methods, *config.speed_methods):
         check_name(name, calibration=True)
-        if name.startswith(_UNKNOWN):
+        if name.startswith(_UNKNOWN) or "pre-rope" in name:
             raise InputError(
                 f"method {name}",
                 got="a layer of which only queries, keys and values are known",
-                expected="a method without sensitivities and moments of outputs",
+                expected="a method without sensitivities, moments of outputs or before RoPE",
                 fix="use klt, klt-lloyd-max, balanced or centred, or a method without calibration",
             )
     for name in config.text_methods:

@@ -43,7 +43,7 @@ def attend(
       >>> method = kvjax.methods.get("int8", head_dim=64)
       >>> cache = kvjax.init(method, capacity=256, kv_heads=2, head_dim=64)
       >>> kv = jax.random.normal(jax.random.key(0), (1, 2, 64))
-      >>> cache = kvjax.append(method, cache, kv, kv)
+      >>> cache = jax.jit(kvjax.append)(method, cache, kv, kv)
       >>> kvjax.attend(method, cache, kv[:, :, None]).shape
       (1, 2, 1, 64)
     """

@@ -35,7 +35,8 @@ def fork(cache: Cache, source: Array | int, target: Array | int) -> Cache:
       >>> method = kvjax.methods.get("int8", head_dim=32, layout=layout)
       >>> cache = kvjax.init(method, capacity=64, kv_heads=1, head_dim=32, batch=2)
       >>> kv = jax.numpy.ones((2, 1, 32))
-      >>> cache = kvjax.append(method, cache, kv, kv, active=jax.numpy.array([True, False]))
+      >>> active = jax.numpy.array([True, False])
+      >>> cache = jax.jit(kvjax.append)(method, cache, kv, kv, active=active)
       >>> int(fork(cache, 0, 1).length[0, 1])
       1
     """

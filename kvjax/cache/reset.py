@@ -33,7 +33,7 @@ def reset(cache: Cache, rows: Array | int) -> Cache:
       >>> method = kvjax.methods.get("int8", head_dim=32, layout=kvjax.Layout(pool=8))
       >>> cache = kvjax.init(method, capacity=512, kv_heads=1, head_dim=32, batch=2)
       >>> kv = jax.numpy.ones((2, 200, 1, 32))
-      >>> _, cache = kvjax.prefill(method, cache, kv, kv)
+      >>> _, cache = jax.jit(kvjax.prefill)(method, cache, kv, kv)
       >>> int((cache.page_readers == 0).sum())
       4
       >>> cache = reset(cache, 1)

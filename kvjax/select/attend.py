@@ -66,8 +66,8 @@ def attend_chosen(
       >>> method = kvjax.methods.get("int8", head_dim=64)
       >>> cache = kvjax.init(method, capacity=256, kv_heads=2, head_dim=64)
       >>> kv = jax.random.normal(jax.random.key(0), (1, 2, 64))
-      >>> cache = kvjax.append(method, cache, kv, kv)
-      >>> attend_chosen(method, cache, kv[:, :, None], jnp.array([[0, -1]])).shape
+      >>> cache = jax.jit(kvjax.append)(method, cache, kv, kv)
+      >>> jax.jit(attend_chosen)(method, cache, kv[:, :, None], jnp.array([[0, -1]])).shape
       (1, 2, 1, 64)
     """
     check_shapes(cache, layer, q=q)
