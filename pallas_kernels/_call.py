@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plt
 
-Backend = Literal["interpret", "triton", "tpu"]
+Backend = Literal["interpret", "triton", "tpu", "jax_triton"]
 
 
 def call(

@@ -11,7 +11,7 @@ from kvjax.core.codec import Array, Code
 from kvjax.core.errors import InputError
 from kvjax.core.method import Method
 from kvjax.core.partial import EMPTY_LSE, Partial
-from pallas_kernels.packed_decode import packed_decode
+from pallas_kernels.packed_decode import packed_decode, triton_backend
 
 GPU_FAMILY = ("gpu", "cuda")
 
@@ -37,7 +37,8 @@ def backend(method: Method, *, group: int = 1) -> str | None:
     """What `packed_decode` is to run as, or None for the page scan.
 
     Raises:
-      InputError: the method asks for a kernel by name, and no kernel takes it.
+      InputError: the method asks for a kernel by name, and no kernel takes it, or its compiler is
+        not installed.
     """
     if method.attention == "page_scan":
         return None
@@ -50,6 +51,14 @@ def backend(method: Method, *, group: int = 1) -> str | None:
             got=f"{method.attention!r} for {method.name}: {reason}",
             expected="a method that the kernel reads",
             fix="use attention='auto' or 'page_scan', or another codec",
+        )
+    absent = triton_backend.why_absent() if method.attention == "jax_triton" else None
+    if absent:
+        raise InputError(
+            "attention",
+            got=f"'jax_triton' with {absent}",
+            expected="triton and jax_triton",
+            fix=triton_backend.INSTALL,
         )
     return method.attention
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.encode_kernel import encode_page
 from kvjax.attention.page_scan import Chunk, page_scan
 from kvjax.core.codec import Array, Code
 from kvjax.core.method import Method
@@ -115,8 +117,8 @@ def encode_pages(method: Method, tokens: Exact) -> tuple[Code, Code, Array, Arra
     at = split(tokens.positions)
     if tokens.place is not None:
         at = jnp.where(at < 0, at, split(tokens.place))
-    key = method.key.encode(split(tokens.key), jnp.maximum(at, 0))
-    value = method.value.encode(split(tokens.value), jnp.maximum(at, 0))
+    encode = functools.partial(encode_page, method, positions=jnp.maximum(at, 0))
+    key, value = encode(method.key, split(tokens.key)), encode(method.value, split(tokens.value))
     if tokens.weight is None:
         return key, value, at, None
     bias = jnp.log(jnp.maximum(split(tokens.weight), 1))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.encode_kernel import encode_page
 from kvjax.cache.attend import attend_rows
 from kvjax.cache.pages import write_page
 from kvjax.cache.shapes import check_counts, check_room, check_shapes, check_values, values_kept
@@ -17,7 +19,7 @@ from kvjax.core.codec import Array
 from kvjax.core.errors import InputError
 from kvjax.core.layout import Layout
 from kvjax.core.method import Method
-from kvjax.core.storage import narrow_like, widen
+from kvjax.core.storage import narrow_like
 
 Tokens = Callable[[Array, Array], tuple[Array, Array]]  # rows [m], positions [m, p] -> [m, h, p, d]
 
@@ -84,10 +86,10 @@ def _encode_due(method: Method, cache: Cache, layer: Array | int, tokens: Tokens
         due, rows = jax.lax.top_k(waiting(cache), together)  # [m]
         starts = layout.sink + layout.page * cache.packed[layer, rows]  # [m]
         positions = starts[:, None] + jnp.arange(layout.page)  # [m, p]
-        k, v = (widen(a)[:, :, None] for a in tokens(rows, positions))  # [m, h, 1, p, d]
-        at = positions[:, None, None]  # [m, 1, 1, p]
+        k, v = (a[:, :, None] for a in tokens(rows, positions))  # [m, h, 1, p, d], as kept
+        encode = functools.partial(encode_page, method, positions=positions[:, None, None])
         view = isinstance(method.value, View)
-        code = method.key.encode(k, at), () if view else method.value.encode(v, at)
+        code = encode(method.key, k), () if view else encode(method.value, v)
         for i in range(together):
             one = jax.tree.map(lambda a, i=i: a[i, :, 0], code)
             cache = write_page(cache, layer, rows[i], one, starts[i], due[i] > 0)

@@ -10,7 +10,7 @@ from kvjax.core.errors import InputError, known
 from kvjax.core.layout import Layout
 from kvjax.core.pytree import pytree, static
 
-Attention = Literal["auto", "page_scan", "triton", "tpu", "interpret"]
+Attention = Literal["auto", "page_scan", "triton", "jax_triton", "tpu", "interpret"]
 
 
 @pytree
@@ -24,8 +24,9 @@ class Method:
       layout: windows and page size.
       name: what tables call it.
       attention: what reads the codes in a decode step: "auto" is a kernel on a GPU, where there is
-        one for these codecs, and the page scan of XLA elsewhere; "page_scan", "triton", "tpu" and
-        "interpret" (the kernel on any device, slowly, for tests) insist.
+        one for these codecs, and the page scan of XLA elsewhere; "page_scan", "triton",
+        "jax_triton" (the kernel as Triton source, without Pallas; needs the extra `triton`), "tpu"
+        and "interpret" (the kernel on any device, slowly, for tests) insist.
     """
 
     key: Codec

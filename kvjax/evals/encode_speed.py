@@ -2,8 +2,8 @@
 
 A part of `python -m pallas_kernels.bench --device gpu`. A token is encoded once in its life and
 read at every step after, so this is small beside reading; it is measured so that nobody has to
-believe it. Methods are encoded as `kvjax.append` does it, by their codecs through XLA; rows of a
-"kernel" are `pallas_kernels.encode` for the same kinds of codes.
+believe it. Methods are encoded by their codecs through XLA; rows of a "kernel" are
+`pallas_kernels.encode` for the same kinds of codes, as `kvjax.append` does it on a GPU.
 """
 
 from __future__ import annotations

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from kvjax.attention.packed_kernel import why_not
+from kvjax.attention.encode_kernel import why_not_encode
+from kvjax.attention.packed_kernel import GPU_FAMILY, why_not
 from kvjax.codecs import Transform, View
 from kvjax.core.codec import Codec
-from kvjax.core.method import Method
+from kvjax.core.method import Attention, Method
 
 
 def describe(method: Method | Sequence[Method], head_dim: int) -> str:
@@ -46,7 +47,7 @@ def describe(method: Method | Sequence[Method], head_dim: int) -> str:
     for name, codec in sides.items():
         lines += [f"  {name}", *(f"    {line}" for line in _tree(codec))]
         lines += [f"    = {part}" for part in _parts(codec, head_dim, layout.page)]
-    lines.append(f"  attention: {attention_choice(method)}")
+    lines += [f"  {line}" for line in implementations(method, head_dim)]
     return "\n".join(lines)
 
 
@@ -117,17 +118,49 @@ def code_bits(codec: Codec, head_dim: int, page: int) -> float:
     return sum(map(_bits, leaves)) / (page * head_dim)
 
 
-def attention_choice(method: Method) -> str:
-    """Which implementation reads the codes in a decode step, and why no other."""
+def implementations(method: Method, head_dim: int) -> Iterator[str]:
+    """What runs here and on a GPU, and why nothing else does: in a decode step, where pages are
+    encoded, and for policies that evict by attention.
+
+    Example:
+      >>> import kvjax
+      >>> method = kvjax.methods.get("bf16/int4", head_dim=64).with_attention("triton")
+      >>> for line in list(implementations(method, 64))[:2]:
+      ...     print(line)
+      attention: packed_decode as 'triton'; asked for
+      encoding of keys: the codec in XLA; no fused kernel on a GPU: Dense codes
+    """
     scan = "page scan in XLA, straight from the packed words, memory of one chunk of pages"
-    if method.attention == "page_scan":
-        return f"{scan}; asked for"
-    reason = why_not(method)
+    asked, reason = method.attention, why_not(method)
+    if reason and asked not in ("auto", "page_scan"):
+        yield f"attention: none, {asked!r} is asked for: {reason}"
+    else:
+        yield f"attention: {_choice(asked, 'packed_decode', scan, reason)}"
+    reasons = why_not_encode(method, head_dim)
+    if isinstance(method.value, View):
+        del reasons["value"]
+    sides = {f"encoding of {side}s": reason for side, reason in reasons.items()}
+    if len(set(reasons.values())) == 1:
+        sides = {"encoding": reasons["key"]}
+    for name, reason in sides.items():
+        how = _choice(asked, "encode", "the codec in XLA", reason)
+        if asked in ("tpu", "jax_triton"):
+            how = f"the codec in XLA; {asked!r} is for decode steps alone"
+        yield f"{name}: {how}"
+    yield f"eviction scores: {_choice('auto', 'probe_scores', 'XLA, queries by blocks', None)}"
+
+
+def _choice(asked: Attention, kernel: str, other: str, reason: str | None) -> str:
+    if asked == "page_scan":
+        return f"{other}; asked for"
     if reason:
-        return f"{scan}; no fused kernel on a GPU: {reason}"
-    if method.attention == "auto":
-        return f"packed_decode, a fused kernel, on a GPU; elsewhere {scan}"
-    return f"packed_decode as {method.attention!r}; asked for"
+        return f"{other}; no fused kernel on a GPU: {reason}"
+    if asked != "auto":
+        return f"{kernel} as {asked!r}; asked for"
+    device = jax.default_backend()
+    if device in GPU_FAMILY:
+        return f"{kernel}, a fused kernel, on this GPU; elsewhere {other}"
+    return f"{kernel}, a fused kernel, on a GPU; here, on {device}, {other}"
 
 
 def _code_shape(codec: Codec, head_dim: int, page: int):

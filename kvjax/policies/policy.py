@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.probe_kernel import backend, column_scores
 from kvjax.core.codec import Array
-from kvjax.core.pytree import pytree
+from kvjax.core.method import Attention
+from kvjax.core.pytree import pytree, static
 
 EMPTY = -1e30  # score of a slot that holds no token: below any real one, and finite
 
@@ -28,6 +30,8 @@ class Seen:
       mass: `[b, h, s]` float32, what the policy has noted of each token; it moves with the token.
       memory: what else the policy has noted of the layer; leaves lead with b.
       frequencies: `[d / 2]` float32, radians per position of each rotated pair (i, i + d / 2).
+      attention: what `columns` runs as: "auto" is a fused kernel on a GPU and XLA elsewhere; the
+        others insist, as those of a `Method` do.
     """
 
     key: Array
@@ -38,6 +42,7 @@ class Seen:
     mass: Array
     memory: Any
     frequencies: Array
+    attention: Attention = static(default="auto")
 
     @property
     def real(self) -> Array:
@@ -111,7 +116,7 @@ def columns(seen: Seen, *, last: int | None = None, chunk: int = 128) -> Columns
 
     Args:
       last: only the newest so many (real) queries of each sequence.
-      chunk: queries at a time.
+      chunk: queries at a time; the kernel on a GPU takes all.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,6 +130,9 @@ def columns(seen: Seen, *, last: int | None = None, chunk: int = 128) -> Columns
     if last is not None:
         at, newest = jax.lax.top_k(at, min(last, at.shape[-1]))
         query = jnp.take_along_axis(query, newest[:, None, None, :, None], axis=3)
+    how = backend(seen.attention, query, seen.key)
+    if how is not None:
+        return Columns(*column_scores(query, at, seen.key, seen.positions, backend=how))
     b, h, g, t, d = query.shape
     chunk = min(chunk, t)
     pad = -t % chunk

@@ -45,7 +45,7 @@ def logits_only(
       lengths: `[b]` or `[b, h]` int32, tokens in the pages, in the order of the slots; clamped to
         what there is room for.
       page: tokens of a page.
-      layer: which of the layers.
+      layer: which of the layers, clamped to those that there are.
       table: `[b, n]` int32, pages of the pool; clamped to the pool.
       config: tuning; None asks `packed_decode`'s heuristic.
       backend: "triton" on a GPU, "interpret" anywhere.
@@ -81,7 +81,7 @@ def logits_only(
     in_natural_units = padded.astype(jnp.float32) / LOG2E
     lengths = jnp.broadcast_to(lengths if lengths.ndim == 2 else lengths[:, None], (b, h))
     args = {
-        "layer": jnp.reshape(jnp.asarray(layer, jnp.int32), (1,)),
+        "layer": jnp.clip(jnp.asarray(layer, jnp.int32), 0, leaf.shape[0] - 1).reshape(1),
         "lengths": jnp.clip(lengths, 0, slots * page).astype(jnp.int32),
         "table": None if table is None else jnp.clip(table, 0, leaf.shape[1] - 1).astype(jnp.int32),
         "queries": prepare_queries(in_natural_units, key, columns, config.channels),

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels import asm
+from pallas_kernels import asm, checks
 from pallas_kernels._call import Backend, call
 from pallas_kernels.packed import Packed, size
+from pallas_kernels.packed_decode import triton_backend
 from pallas_kernels.packed_decode.config import Config, heuristic, together
 from pallas_kernels.packed_decode.logits import unit_logits
 from pallas_kernels.packed_decode.operands import chunks, prepare_queries, prepare_values
@@ -46,6 +47,7 @@ def packed_decode(
     window: int | None = None,
     config: Config | None = None,
     backend: Backend = "triton",
+    check: bool | None = None,
 ) -> tuple[Array, Array]:
     """Softmax attention of one query position per sequence over packed pages.
 
@@ -57,14 +59,16 @@ def packed_decode(
         what there is room for. Pages beyond are read where a step ends in them, with weights of 0:
         their scales (and bf16 numbers) must be finite, as zeros are.
       page: tokens of a page.
-      layer: which of the layers.
+      layer: which of the layers, clamped to those that there are.
       table: `[b, n]` int32, pages of the pool; clamped to the pool.
       starts, position, window: with a sliding window, the position of each page's first token
         (`[layers, b, n]` or `[layers, pool]`, -1 for none), the position `[b]` of the query, and
         how many tokens it sees back from itself.
       config: tuning on a GPU; None is what was measured on this kind of device (`tuned.choose`), or
         `config.heuristic`.
-      backend: "triton" on a GPU, "tpu" on a TPU, "interpret" anywhere.
+      backend: "triton" on a GPU, "tpu" on a TPU, "interpret" anywhere; "jax_triton" on a GPU,
+        without Pallas (needs the extra `triton`).
+      check: whether functions under `checkify` are told what is clamped; None: see `checks.wanted`.
     Returns:
       out `[b, h, g, dv]` float32 and the natural log-sum-exp of the logits `[b, h, g]`, -1e30
       where there is no token.
@@ -74,6 +78,11 @@ def packed_decode(
     reason = why_not(q, key, value, page=page)
     if reason:
         raise ValueError(f"packed_decode: {reason}")
+    leaf = jax.tree.leaves(key[0].blocks[0].words)[0]
+    slots = leaf.shape[3] if table is None else table.shape[-1]
+    if checks.wanted(check, backend):
+        checks.check_reads("packed_decode", lengths, layer, leaf.shape, page, table)
+    layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, leaf.shape[0] - 1)
     if backend == "tpu":
         return packed_decode_tpu(
             q,
@@ -88,8 +97,6 @@ def packed_decode(
             window=window,
         )
     b, h, g, d = q.shape
-    leaf = jax.tree.leaves(key[0].blocks[0].words)[0]
-    slots = leaf.shape[3] if table is None else table.shape[-1]
     unit_bits = narrowest(key, value)
     if config is None and backend == "triton":
         config = choose(b, h, g, d, slots, page, key, value)
@@ -110,7 +117,7 @@ def packed_decode(
     columns = 8 if g <= 8 else 16
     lengths = jnp.broadcast_to(lengths if lengths.ndim == 2 else lengths[:, None], (b, h))
     args = {
-        "layer": jnp.reshape(jnp.asarray(layer, jnp.int32), (1,)),
+        "layer": layer.reshape(1),
         "lengths": jnp.clip(lengths, 0, slots * page).astype(jnp.int32),
         "table": None if table is None else jnp.clip(table, 0, leaf.shape[1] - 1).astype(jnp.int32),
         "starts": starts if window is not None else None,
@@ -134,16 +141,19 @@ def packed_decode(
         ],
         "lse": jax.ShapeDtypeStruct((*shape, columns), jnp.float32),
     }
-    result = call(
-        functools.partial(_body, plan=plan),
-        args,
-        name="packed_decode",
-        grid=shape,
-        out_shape=out_shape,
-        backend=backend,
-        warps=config.warps,
-        stages=config.stages,
-    )
+    if backend == "jax_triton":
+        result = triton_backend.call(args, plan, out_shape, config, empty=EMPTY)
+    else:
+        result = call(
+            functools.partial(_body, plan=plan),
+            args,
+            name="packed_decode",
+            grid=shape,
+            out_shape=out_shape,
+            backend=backend,
+            warps=config.warps,
+            stages=config.stages,
+        )
     return _merge_splits(result, value, g, config.channels)
 
 

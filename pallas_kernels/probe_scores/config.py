@@ -27,14 +27,31 @@ class Config:
     stages: int = 2
 
 
-def heuristic(batch: int, heads: int, queries: int, keys: int, processors: int = 132) -> Config:
+SHARED = 232_448  # bytes of shared memory that a program can have on H100 and H200
+
+
+def heuristic(
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    processors: int = 132,
+    *,
+    row: int = 256,
+) -> Config:
     """Enough programs for every processor several times over, none with less than a step to do.
 
     Args:
       queries: rows per KV head, of all its query heads. keys: per KV head.
       processors: streaming multiprocessors; 132 on H100 and H200.
+      row: bytes of a key.
+
+    Example:
+      >>> wide = heuristic(1, 8, 1024, 4096, row=4 * 256)
+      >>> wide.tile, wide.step, wide.stages
+      (64, 64, 2)
     """
-    usual = Config()
+    usual = _fitting(row)
 
     def splits(rows: int, others: int) -> int:
         programs = batch * heads * -(-rows // usual.tile)
@@ -43,3 +60,13 @@ def heuristic(batch: int, heads: int, queries: int, keys: int, processors: int =
     return dataclasses.replace(
         usual, key_splits=splits(queries, keys), query_splits=splits(keys, queries)
     )
+
+
+def _fitting(row: int) -> Config:
+    """What shared memory has room for: the rows that are held, and those of the steps under way."""
+    config = Config()
+    smaller: tuple[dict[str, int], ...] = ({"step": 64}, {"step": 32}, {"stages": 1}, {"tile": 32})
+    for change in smaller:
+        if (config.tile + config.stages * config.step) * row > SHARED:
+            config = dataclasses.replace(config, **change)
+    return config

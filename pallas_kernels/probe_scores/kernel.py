@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels import asm
+from pallas_kernels import asm, checks
 from pallas_kernels._call import Backend, call
 from pallas_kernels.packed import Block
 from pallas_kernels.packed_decode.operands import Chunk, chunks
@@ -72,6 +72,7 @@ def probe_scores(
     query_positions: Array | None = None,
     config: Config | None = None,
     backend: Backend = "triton",
+    check: bool | None = None,
 ) -> ProbeScores:
     """Softmax of every query over the keys that it sees, summed up by key.
 
@@ -88,6 +89,8 @@ def probe_scores(
         (padding). None lets every query see every key.
       config: tuning; None asks `config.heuristic`.
       backend: "triton" on a GPU, "interpret" anywhere.
+      check: whether functions under `checkify` are told of lengths that are clamped; None: see
+        `checks.wanted`.
     Raises:
       ValueError: what `why_not` says.
     """
@@ -96,7 +99,9 @@ def probe_scores(
         raise ValueError(f"probe_scores: {reason}")
     b, h, g, n, d = q.shape
     t = key.shape[2]
-    config = config or heuristic(b, h, g * n, t)
+    if lengths is not None and checks.wanted(check, backend):
+        checks.check_lengths("probe_scores", lengths, t)
+    config = config or heuristic(b, h, g * n, t, row=d * key.dtype.itemsize)
     plan = Plan(
         config=config,
         cut=tuple(chunks(Block((), None, bits=16, start=0, size=d), config.channels)),

@@ -24,7 +24,7 @@ ALLOWED = {
     "pallas_kernels": {"pallas_kernels"},
     "kvjax/core": CORE,
     "kvjax/codecs": CODECS,
-    "kvjax/policies": CORE | {"kvjax.policies"},
+    "kvjax/policies": CORE | {"kvjax.attention", "kvjax.policies"},
     "kvjax/attention": CODECS | {"kvjax.attention"},
     "kvjax/cache": CACHE,
     "kvjax/methods": METHODS,
