@@ -54,7 +54,8 @@ def warn_reach(reach: int, context: int) -> None:
     if context > reach:
         print(
             f"kvjax: methods are calibrated up to {reach} positions, and {context} are served: "
-            f"they lose their gain on the way; run `kvjax calibrate --positions {context}`",
+            "all but those before RoPE (klt-pre-rope) lose their gain on the way; run "
+            f"`kvjax calibrate --positions {context}`",
             file=sys.stderr,
         )
 
